@@ -1,0 +1,1 @@
+"""The neutral checkpoint and everything that reads or writes one."""

@@ -1,0 +1,315 @@
+"""What a run is: one frozen dataclass per section, every option with its default and its reason.
+
+The tree of options is the tree of these classes: ``moe.router.name`` on the command line is
+``RunConfig.moe.router.name`` here. Values that contradict each other inside one section are refused
+by that section; values that contradict the model, the data or the machine are refused where the two
+meet (`megamoe.parallel.ds_config`, `megamoe.training`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from megamoe.errors import ConfigError
+
+Auto = Literal["auto"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text, which `--help` and docs/configuration.md show."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} = {value!r}: {remedy}")
+
+
+def _require_positive(section: str, owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value != "auto":
+            _require(value > 0, f"{section}.{name}", value, "give a number above 0")
+
+
+def _require_fraction(section: str, owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(0 <= value < 1, f"{section}.{name}", value, "give a probability in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text is read, and in which units."""
+
+    dataset: Literal["enwik8", "text8", "wikitext2", "wikitext103", "text"] = option(
+        "enwik8", "corpus; it also names the figures that are reported"
+    )
+    path: str = option(
+        "", "folder written by tools/prepare_data.py; empty reads the sample bundled with megamoe"
+    )
+    tokenizer: Literal["auto", "bytes", "reference_symbols", "words", "sentencepiece"] = option(
+        "auto",
+        "unit of text; auto: bytes for enwik8 and text8, words for WikiText, else what the folder"
+        " holds. reference_symbols drops newline bytes as the published enwik8 loader does",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Transformer-XL around the mixture layers."""
+
+    vocab_size: int = option(0, "symbols; 0 takes it from the data")
+    n_layers: int = option(4, "decoder layers")
+    d_model: int = option(256, "model width D")
+    n_heads: int = option(8, "attention heads")
+    d_head: int = option(64, "width of one head; n_heads * d_head need not equal d_model")
+    d_inner: int = option(512, "hidden width of the feed-forward in layers without experts")
+    dropout: float = option(0.1, "dropout on embeddings, positions, sublayer outputs and hidden units")
+    attention_dropout: float = option(0.0, "dropout on attention probabilities")
+    pre_norm: bool = option(False, "LayerNorm before each sublayer instead of after its residual")
+    segment_len: int = option(512, "tokens per training segment S")
+    memory_len: int = option(512, "cached positions M per layer that attention also sees")
+    same_length: bool = option(False, "let every token attend to equally many positions")
+    clamp_len: int = option(0, "largest relative distance told apart; 0 tells all apart")
+    cutoffs: tuple[int, ...] = option((), "vocabulary cut-offs of the adaptive softmax; empty: plain")
+    div_val: int = option(1, "divide the embedding width by this factor from one cluster to the next")
+    d_embed: int = option(0, "embedding width; 0 means d_model")
+    tie_weights: bool = option(True, "share the embedding with the output layer")
+    tie_projections: bool = option(False, "share the adaptive projections of the tail clusters too")
+    init_std: float = option(0.02, "standard deviation of initial weights")
+    projection_init_std: float = option(0.01, "the same for the adaptive projections")
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model", self, "n_layers", "d_model", "n_heads", "d_head", "d_inner", "segment_len",
+            "div_val", "init_std", "projection_init_std",
+        )  # fmt: skip
+        _require_fraction("model", self, "dropout", "attention_dropout")
+        for name in ("vocab_size", "memory_len", "clamp_len", "d_embed"):
+            value = getattr(self, name)
+            _require(value >= 0, f"model.{name}", value, "give 0 or more")
+        _require(self.d_model % 2 == 0, "model.d_model", self.d_model,
+                 "give an even width; positions are sine and cosine pairs")  # fmt: skip
+        rising = all(a < b for a, b in zip((0, *self.cutoffs), self.cutoffs, strict=False))
+        _require(rising, "model.cutoffs", self.cutoffs, "give rising positive numbers")
+        if self.vocab_size and self.cutoffs:
+            _require(self.cutoffs[-1] < self.vocab_size, "model.cutoffs", self.cutoffs,
+                     f"stay below the vocabulary of {self.vocab_size}")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """A routing policy by name, and that policy's own options."""
+
+    name: str = option("hyper", "routing policy; `megamoe routers` lists them")
+    options: Mapping[str, Any] = option(
+        {},
+        "options of that policy, written moe.router.OPTION=VALUE; `megamoe routers NAME` lists them",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKScheduleConfig:
+    """How many experts a token gets while training, as a function of the step."""
+
+    mode: Literal[
+        "constant", "linear_increase", "linear_decrease", "cosine_increase", "cosine_decrease",
+        "exp_increase", "multi_step_increase", "multi_step_decrease",
+    ] = option("constant", "shape of the curve; constant trains at moe.top_k")  # fmt: skip
+    min_k: int = option(8, "smallest k")
+    max_k: int = option(16, "largest k")
+    steps: int = option(0, "steps over which k moves; 0 means training.max_steps")
+
+    def __post_init__(self) -> None:
+        _require_positive("moe.schedule", self, "min_k", "max_k")
+        _require(self.steps >= 0, "moe.schedule.steps", self.steps, "give 0 or more")
+        _require(self.min_k <= self.max_k, "moe.schedule.min_k", self.min_k,
+                 f"stay at or below moe.schedule.max_k = {self.max_k}")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture layers."""
+
+    layers: str = option("all", 'layers with experts: "all", "none", or 0-based indices as 0,1,2')
+    n_experts: int = option(16, "experts E per mixture layer")
+    d_expert: int = option(512, "hidden width F of one expert")
+    top_k: int = option(2, "experts per token where no schedule is in force; the default at evaluation")
+    ep_size: int | Auto = option("auto", "ranks that share one set of experts; auto: as many as divide")
+    balance_loss: float = option(0.0, "weight of the load-balance loss, E * sum_e f_e P_e, 1 at balance")
+    z_loss: float = option(0.0, "weight of the router z-loss, mean of logsumexp(logits)^2")
+    router: RouterConfig = field(default_factory=RouterConfig)
+    schedule: TopKScheduleConfig = field(default_factory=TopKScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive("moe", self, "n_experts", "d_expert", "top_k", "ep_size")
+        _require(self.top_k <= self.n_experts, "moe.top_k", self.top_k,
+                 f"stay at or below moe.n_experts = {self.n_experts}")  # fmt: skip
+        if self.schedule.mode != "constant":
+            _require(self.schedule.max_k <= self.n_experts, "moe.schedule.max_k",
+                     self.schedule.max_k, f"stay at or below moe.n_experts = {self.n_experts}")  # fmt: skip
+        if self.ep_size != "auto":
+            _require(self.n_experts % self.ep_size == 0, "moe.ep_size", self.ep_size,
+                     f"give a divisor of moe.n_experts = {self.n_experts}")  # fmt: skip
+        for name in ("balance_loss", "z_loss"):
+            _require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "give 0 or more")
+
+    def layer_indices(self, n_layers: int) -> tuple[int, ...]:
+        """The 0-based layers that hold experts, rising.
+
+        Raises:
+            ConfigError: `layers` names a layer that the model lacks, or is not a list of numbers.
+        """
+        if self.layers in ("all", "none"):
+            return tuple(range(n_layers)) if self.layers == "all" else ()
+        try:
+            indices = sorted({int(index) for index in self.layers.split(",")})
+        except ValueError:
+            raise ConfigError(
+                f'moe.layers = {self.layers!r}: give "all", "none", or indices such as 0,1,2'
+            ) from None
+        _require(0 <= indices[0] and indices[-1] < n_layers, "moe.layers", self.layers,
+                 f"name layers 0 to {n_layers - 1} only")  # fmt: skip
+        return tuple(indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam and the learning rate as a function of the step."""
+
+    name: Literal["adam", "adamw"] = option("adam", "adam couples weight decay, adamw decouples it")
+    lr: float = option(2.5e-4, "peak learning rate")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of the two moments")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    weight_decay: float = option(0.0, "applied to weight matrices; never to biases and norms")
+    schedule: Literal["cosine", "inv_sqrt", "plateau", "constant"] = option(
+        "cosine", "curve after warm-up; plateau lowers the rate when validation stops improving"
+    )
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    min_lr: float = option(0.0, "floor of the cosine and plateau curves")
+    decay_rate: float = option(0.5, "plateau: factor by which the rate falls")
+    patience: int = option(0, "plateau: evaluations without improvement before the rate falls")
+
+    def __post_init__(self) -> None:
+        _require_positive("optimizer", self, "lr", "eps")
+        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas,
+                 "give two numbers in [0, 1)")  # fmt: skip
+        _require(0 < self.decay_rate < 1, "optimizer.decay_rate", self.decay_rate,
+                 "give a number between 0 and 1")  # fmt: skip
+        for name in ("weight_decay", "warmup_steps", "min_lr", "patience"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name}", value, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop."""
+
+    max_steps: int = option(400_000, "optimizer steps of the whole run")
+    batch_size: int = option(22, "token streams per optimizer step over all ranks")
+    micro_batch_size: int | Auto = option(
+        "auto", "streams per rank and forward pass; auto: batch_size / ranks, without accumulation"
+    )
+    seed: int = option(1111, "seed of initial weights, dropout and every random decision")
+    grad_clip: float = option(0.25, "largest global gradient norm; 0 does not clip")
+    activation_checkpointing: bool = option(
+        False, "recompute activations in the backward pass; routing is kept, not recomputed"
+    )
+    skip_loss_above: float = option(
+        0.0,
+        "stop with a diagnosis when a step's loss exceeds this factor of the running mean; 0: off",
+    )
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "training", self, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps"
+        )
+        for name in ("seed", "grad_clip", "spike_factor"):
+            value = getattr(self, name)
+            _require(value >= 0, f"training.{name}", value, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How held-out text is scored. The defaults are the published protocol."""
+
+    every: int = option(4000, "steps between evaluations while training; 0: only at the end")
+    batch_size: int = option(10, "streams the held-out text is cut into, over all ranks")
+    segment_len: int = option(128, "tokens per segment")
+    memory_len: int | Auto = option("auto", "memory; auto keeps the span of training")
+    same_length: bool = option(False, "let every token attend to equally many positions")
+    clamp_len: int = option(0, "largest relative distance told apart; 0 tells all apart")
+    top_ks: tuple[int, ...] = option((1, 2, 4, 8, 16, 32, 64), "k to score at; those above E are left out")
+    max_tokens: int = option(0, "score at most this many tokens per split while training; 0: all")
+
+    def __post_init__(self) -> None:
+        _require_positive("evaluation", self, "batch_size", "segment_len")
+        for name in ("every", "clamp_len", "max_tokens"):
+            value = getattr(self, name)
+            _require(value >= 0, f"evaluation.{name}", value, "give 0 or more")
+        _require(self.memory_len == "auto" or self.memory_len >= 0, "evaluation.memory_len",
+                 self.memory_len, "give auto, 0 or more")  # fmt: skip
+        _require(all(k > 0 for k in self.top_ks), "evaluation.top_ks", self.top_ks, "give k above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every: int = option(4000, "steps between checkpoints; 0: only at the end")
+    keep_last: int = option(2, "newest checkpoints kept")
+    keep_every: int = option(0, "also keep each checkpoint whose step is a multiple of this; 0: none")
+    resume: str = option("auto", "auto: the newest in the run folder; never; or a checkpoint folder")
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, "keep_last")
+        for name in ("every", "keep_every"):
+            value = getattr(self, name)
+            _require(value >= 0, f"checkpoint.{name}", value, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run tells about itself."""
+
+    every: int = option(200, "steps between lines in metrics.jsonl and on the console")
+    tensorboard: bool = option(True, "write TensorBoard events into the run folder")
+    wandb: bool = option(False, "report to Weights & Biases, which must be installed")
+    wandb_project: str = option("megamoe", "project there")
+
+    def __post_init__(self) -> None:
+        _require_positive("logging", self, "every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. Everything that changes its numbers is in here or in the DeepSpeed config."""
+
+    name: str = option("", "folder of the run below output_dir; empty: name of the preset and router")
+    output_dir: str = option("runs", "where run folders are made")
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        self.moe.layer_indices(self.model.n_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, lists and scalars; `megamoe.config.load.from_dict` reads them back."""
+        return _plain(self)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""Bytes and words to token streams: corpora, tokenizers, resumable streams."""

@@ -1,0 +1,1 @@
+"""Transformer-XL, written as if for one device."""

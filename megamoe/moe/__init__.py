@@ -1,0 +1,1 @@
+"""The mixture layer, written as if for one device."""

@@ -1,0 +1,22 @@
+"""Initial values as a function of (seed, name), never of construction order or rank.
+
+Every tensor is drawn from its own generator, so the model is the same whichever ranks build which
+part of it, and adding a layer does not change the others.
+"""
+
+import hashlib
+
+import torch
+
+
+def generator(seed: int, *labels: str | int) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def normal(
+    shape: tuple[int, ...], std: float, seed: int, *labels: str | int, mean: float = 0.0
+) -> torch.Tensor:
+    """fp32 draws of N(mean, std^2) for the tensor that `labels` name."""
+    return torch.randn(shape, generator=generator(seed, *labels)).mul_(std).add_(mean)
