@@ -98,9 +98,24 @@ def load_config(*, preset: str = "", file: str | Path = "", overrides: Iterable[
     from megamoe.config.presets import preset_values
 
     values: dict[str, Any] = preset_values(preset) if preset else {}
-    if file:
-        values = merge(values, read_file(file))
-    return from_dict(merge(values, parse_overrides(overrides)))
+    for update in (read_file(file) if file else {}, parse_overrides(overrides)):
+        values = merge(_without_options_of_another_router(values, update), update)
+    return from_dict(values)
+
+
+def _without_options_of_another_router(
+    values: Mapping[str, Any], update: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """`values` less the router's options where `update` picks another policy, which has its own."""
+    moe, new_moe = values.get("moe"), update.get("moe")
+    if not (isinstance(moe, Mapping) and isinstance(new_moe, Mapping)):
+        return values
+    router, new_router = moe.get("router"), new_moe.get("router")
+    if not (isinstance(router, Mapping) and isinstance(new_router, Mapping)):
+        return values
+    if new_router.get("name", router.get("name")) == router.get("name"):
+        return values
+    return {**values, "moe": {key: value for key, value in moe.items() if key != "router"}}
 
 
 def _collect_router_options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -218,9 +218,11 @@ class TrainingConfig:
     activation_checkpointing: bool = option(
         False, "recompute activations in the backward pass; routing is kept, not recomputed"
     )
-    skip_loss_above: float = option(
-        0.0,
-        "stop with a diagnosis when a step's loss exceeds this factor of the running mean; 0: off",
+    spike_factor: float = option(
+        0.0, "stop with a diagnosis when a step's loss exceeds this factor of its running mean; 0: off"
+    )
+    max_skipped_steps: int = option(
+        20, "stop after this many steps in a row were skipped because gradients were not finite"
     )
 
     def __post_init__(self) -> None:
