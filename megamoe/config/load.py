@@ -97,25 +97,40 @@ def load_config(*, preset: str = "", file: str | Path = "", overrides: Iterable[
     """
     from megamoe.config.presets import preset_values
 
-    values: dict[str, Any] = preset_values(preset) if preset else {}
-    for update in (read_file(file) if file else {}, parse_overrides(overrides)):
+    values: dict[str, Any] = {}
+    for layer in (
+        preset_values(preset) if preset else {},
+        read_file(file) if file else {},
+        parse_overrides(overrides),
+    ):
+        update = _with_router_options(layer)
         values = merge(_without_options_of_another_router(values, update), update)
     return from_dict(values)
+
+
+def _router_section(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    moe = values.get("moe")
+    router = moe.get("router") if isinstance(moe, Mapping) else None
+    return router if isinstance(router, Mapping) else {}
+
+
+def _with_router_options(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` with both spellings of a router option, in ``router`` and in ``router.options``, made one."""
+    router = _router_section(values)
+    if not router:
+        return values
+    return {**values, "moe": {**values["moe"], "router": _collect_router_options(router)}}
 
 
 def _without_options_of_another_router(
     values: Mapping[str, Any], update: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """`values` less the router's options where `update` picks another policy, which has its own."""
-    moe, new_moe = values.get("moe"), update.get("moe")
-    if not (isinstance(moe, Mapping) and isinstance(new_moe, Mapping)):
+    router = _router_section(values)
+    name = router.get("name", RouterConfig.name)
+    if not router or _router_section(update).get("name", name) == name:
         return values
-    router, new_router = moe.get("router"), new_moe.get("router")
-    if not (isinstance(router, Mapping) and isinstance(new_router, Mapping)):
-        return values
-    if new_router.get("name", router.get("name")) == router.get("name"):
-        return values
-    return {**values, "moe": {key: value for key, value in moe.items() if key != "router"}}
+    return {**values, "moe": {key: value for key, value in values["moe"].items() if key != "router"}}
 
 
 def _collect_router_options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ What the published scripts leave open or contradict, and what stands here:
   adaptive and saves most of its memory.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ def preset_values(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise ConfigError(f"preset = {name!r}: unknown, {nearest(name, PRESETS)}")
-    return merge({}, PRESETS[name].values)
+    return copy.deepcopy(PRESETS[name].values)
 
 
 def _published(corpus: str, n_layers: int, max_steps: int, batch_size: int) -> dict[str, Any]:
