@@ -3,7 +3,7 @@
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Union
 
 from megamoe.config.schema import RunConfig
@@ -21,13 +21,15 @@ class OptionRow:
 
 def option_rows(cls: type = RunConfig, path: str = "") -> Iterator[OptionRow]:
     """The options of dataclass `cls` and of the sections in it, in the order of the source."""
-    hints = typing.get_type_hints(cls)
+    hints, defaults = typing.get_type_hints(cls), cls()
     for item in fields(cls):
         hint = hints[item.name]
         if is_dataclass(hint):
             yield from option_rows(typing.cast("type", hint), f"{path}{item.name}.")
         else:
-            yield OptionRow(path + item.name, _kind(hint), _default(item), item.metadata["help"])
+            yield OptionRow(
+                path + item.name, _kind(hint), _default(getattr(defaults, item.name)), item.metadata["help"]
+            )
 
 
 def markdown() -> str:
@@ -74,8 +76,7 @@ def _kind(hint: Any) -> str:
     return {bool: "true, false", int: "whole number", float: "number", str: "text"}[hint]
 
 
-def _default(item: "Field[Any]") -> str:
-    value = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+def _default(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
