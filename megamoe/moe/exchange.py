@@ -44,3 +44,35 @@ class Exchange(Protocol):
             [T, D] in the type of `rows_ND`.
         """
         ...
+
+
+@dataclass(frozen=True)
+class _LocalPlan:
+    """order_N: which of the T * K choices each row came from, stable by expert."""
+
+    order_N: torch.Tensor
+    n_tokens: int
+    n_choices: int
+
+
+class LocalExchange:
+    """All experts are here: rows are copies of tokens, sorted by expert, in token order within one."""
+
+    def dispatch(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, n_experts: int) -> Dispatched:
+        """Group a copy of each chosen token by expert; choices of -1 are left out."""
+        ids_N = expert_ids_TK.flatten()
+        n_tokens, n_choices = expert_ids_TK.shape
+        n_dropped, *counts = torch.bincount(ids_N + 1, minlength=n_experts + 1).tolist()
+        order_N = ids_N.argsort(stable=True)[n_dropped:]
+        plan = _LocalPlan(order_N, n_tokens, n_choices)
+        return Dispatched(x_TD.index_select(0, order_N // n_choices), counts, plan)
+
+    def combine(
+        self, rows_ND: torch.Tensor, weights_TK: torch.Tensor, dispatched: Dispatched
+    ) -> torch.Tensor:
+        """Sum each token's weighted expert outputs in fp32."""
+        plan = dispatched.plan
+        assert isinstance(plan, _LocalPlan)
+        weighted_ND = rows_ND.float() * weights_TK.flatten()[plan.order_N, None]
+        y_TD = weighted_ND.new_zeros(plan.n_tokens, rows_ND.shape[1])
+        return y_TD.index_add(0, plan.order_N // plan.n_choices, weighted_ND).to(rows_ND.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from megamoe.errors import ConfigError
+from megamoe.moe.initialization import normal
 
 
 def on_one_rank(values: torch.Tensor) -> torch.Tensor:
@@ -65,10 +66,10 @@ class Router(nn.Module, ABC):
     """A routing policy: one subclass per file in `megamoe.moe.routers`.
 
     A subclass declares its options as a nested frozen dataclass ``Options`` and is built as
-    ``cls(d_model, n_experts, layer, seed, options)``. It draws every initial value with
-    `megamoe.moe.initialization.normal`, so that it is the same on every rank. It routes in fp32,
-    is deterministic in evaluation mode, and owns nothing whose name contains "expert" (DeepSpeed
-    reads that word in a name as "belongs to one expert").
+    ``cls(d_model, n_experts, layer=..., seed=..., init_std=..., options=...)``. It draws every
+    initial value with `megamoe.moe.initialization.normal`, so that it is the same on every rank. It
+    routes in fp32, is deterministic in evaluation mode, and owns nothing whose name contains
+    "expert" (DeepSpeed reads that word in a name as "belongs to one expert").
 
     Class attributes:
         summary: one line for `megamoe routers`.
@@ -81,10 +82,16 @@ class Router(nn.Module, ABC):
     causal: ClassVar[bool] = True
     Options: ClassVar[type]
 
-    def __init__(self, d_model: int, n_experts: int) -> None:
+    def __init__(self, d_model: int, n_experts: int, *, layer: int, seed: int) -> None:
         super().__init__()
         self.d_model = d_model
         self.n_experts = n_experts
+        self.layer = layer
+        self.seed = seed
+
+    def initial(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+        """fp32 draws of N(0, std^2) for this router's tensor `name`, a function of (seed, layer, name)."""
+        return normal(shape, std, self.seed, f"layers.{self.layer}.moe.router.{name}")
 
     @abstractmethod
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:

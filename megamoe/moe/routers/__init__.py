@@ -1,1 +1,5 @@
-"""Routing policies, one file each."""
+"""Routing policies, one file each, and the registry that finds them by name."""
+
+from megamoe.moe.routers.registry import available, build_router, resolve_options, router_class
+
+__all__ = ["available", "build_router", "resolve_options", "router_class"]

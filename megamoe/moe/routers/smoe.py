@@ -1,0 +1,59 @@
+"""SMoE: a learned linear router.
+
+    g(x) = x W^T + b
+    S = top-k of g(x),  w_j = exp(g_j) / sum_{i in S} exp(g_i)  for j in S
+
+with trained W [E, D], started at N(0, init_std^2), and b [E], started at 0.
+
+Paper: Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts
+Layer", ICLR 2017, arXiv 1701.06538, without its noise; `noisy` adds it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megamoe.moe.routing import Router, RouterContext, Routing, top_k_softmax
+
+
+@dataclass(frozen=True, kw_only=True)
+class SMoEOptions:
+    """`SMoERouter` has no options."""
+
+
+class SMoERouter(Router):
+    """Linear router with trained weight and bias."""
+
+    summary = "learned linear router"
+    paper = "Shazeer et al., ICLR 2017, arXiv 1701.06538"
+    Options: ClassVar[type] = SMoEOptions
+    learned: ClassVar[bool] = True
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        layer: int,
+        seed: int,
+        init_std: float,
+        options: SMoEOptions,
+    ) -> None:
+        super().__init__(d_model, n_experts, layer=layer, seed=seed)
+        weight_ED, bias_E = self.initial("weight", (n_experts, d_model), init_std), torch.zeros(n_experts)
+        for name, value in (("weight", weight_ED), ("bias", bias_E)):
+            if self.learned:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
+        """Route by the k largest logits."""
+        logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
+        return top_k_softmax(logits_TE, context.top_k)
