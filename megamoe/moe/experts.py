@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import dropout, linear
 
 from megamoe.moe.initialization import normal
 
@@ -57,5 +57,5 @@ class Experts(nn.Module):
             self.w_in.unbind(), self.b_in.unbind(), self.w_out.unbind(), self.b_out.unbind(), strict=True
         )
         for rows, (w_in, b_in, w_out, b_out) in zip(rows_ND.split(counts), weights, strict=True):
-            hidden = F.dropout(F.linear(rows, w_in, b_in).relu(), self.dropout, self.training)
-            yield F.linear(hidden, w_out, b_out)
+            hidden = dropout(linear(rows, w_in, b_in).relu(), self.dropout, self.training)
+            yield linear(hidden, w_out, b_out)

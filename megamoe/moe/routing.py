@@ -6,7 +6,7 @@ Shapes: T tokens, D model width, E experts, K experts per token.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -62,14 +62,37 @@ class Routing:
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """The mixture layer that a router is built for.
+
+    Attributes:
+        d_model: model width D.
+        n_experts: experts E over all ranks.
+        layer: 0-based index of the layer in the model.
+        seed: the run's seed.
+        init_std: standard deviation of initial weights.
+    """
+
+    d_model: int
+    n_experts: int
+    layer: int
+    seed: int
+    init_std: float
+
+    def normal(self, name: str, shape: tuple[int, ...], std: float | None = None) -> torch.Tensor:
+        """fp32 initial values N(0, std^2) of the router's tensor `name`; std is init_std by default."""
+        path = f"layers.{self.layer}.moe.router.{name}"
+        return normal(shape, self.init_std if std is None else std, self.seed, path)
+
+
 class Router(nn.Module, ABC):
     """A routing policy: one subclass per file in `megamoe.moe.routers`.
 
     A subclass declares its options as a nested frozen dataclass ``Options`` and is built as
-    ``cls(d_model, n_experts, layer=..., seed=..., init_std=..., options=...)``. It draws every
-    initial value with `megamoe.moe.initialization.normal`, so that it is the same on every rank. It
-    routes in fp32, is deterministic in evaluation mode, and owns nothing whose name contains
-    "expert" (DeepSpeed reads that word in a name as "belongs to one expert").
+    ``cls(spec, options)``. It draws every initial value with `LayerSpec.normal`, so that it is the
+    same on every rank. It routes in fp32, is deterministic in evaluation mode, and owns nothing whose
+    name contains "expert" (DeepSpeed reads that word in a name as "belongs to one expert").
 
     Class attributes:
         summary: one line for `megamoe routers`.
@@ -82,16 +105,10 @@ class Router(nn.Module, ABC):
     causal: ClassVar[bool] = True
     Options: ClassVar[type]
 
-    def __init__(self, d_model: int, n_experts: int, *, layer: int, seed: int) -> None:
+    def __init__(self, spec: LayerSpec, options: Any) -> None:
         super().__init__()
-        self.d_model = d_model
-        self.n_experts = n_experts
-        self.layer = layer
-        self.seed = seed
-
-    def initial(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
-        """fp32 draws of N(0, std^2) for this router's tensor `name`, a function of (seed, layer, name)."""
-        return normal(shape, std, self.seed, f"layers.{self.layer}.moe.router.{name}")
+        self.spec = spec
+        self.options = options
 
     @abstractmethod
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:

@@ -42,28 +42,15 @@ class DenseRouter(Router):
     paper = "Chen et al., ICLR 2023, arXiv 2303.01610 (baselines)"
     Options: ClassVar[type] = DenseOptions
 
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        *,
-        layer: int,
-        seed: int,
-        init_std: float,
-        options: DenseOptions,
-    ) -> None:
-        super().__init__(d_model, n_experts, layer=layer, seed=seed)
-        self.drop = options.drop
-
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Choose all experts, or those that the mask of this step keeps."""
-        keep_E = torch.ones(self.n_experts, dtype=torch.bool)
-        if self.training and self.drop > 0:
-            draws_E = torch.rand(
-                self.n_experts, generator=generator(context.seed, "dense", context.step, self.layer)
-            )
-            keep_E = draws_E >= min(self.drop, draws_E.max().item())
+        n_experts, drop = self.spec.n_experts, self.options.drop
+        keep_E = torch.ones(n_experts, dtype=torch.bool)
+        if self.training and drop > 0:
+            draws = generator(context.seed, "dense drop", context.step, self.spec.layer)
+            survival_E = torch.rand(n_experts, generator=draws)
+            keep_E = survival_E >= min(drop, survival_E.max().item())
         keep_E = keep_E.to(x_TD.device)
-        ids_E = torch.arange(self.n_experts, device=x_TD.device).where(keep_E, -1)
+        ids_E = torch.arange(n_experts, device=x_TD.device).where(keep_E, -1)
         n_tokens = x_TD.shape[0]
         return Routing(ids_E.expand(n_tokens, -1), keep_E.float().expand(n_tokens, -1))

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import linear
 
 from megamoe.errors import ConfigError
-from megamoe.moe.routing import Router, RouterContext, Routing, top_k_softmax
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing, top_k_softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,34 +59,23 @@ class HyperRouter(Router):
     hypernet_w_out: torch.Tensor
     hypernet_b_out: torch.Tensor
 
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        *,
-        layer: int,
-        seed: int,
-        init_std: float,
-        options: HyperOptions,
-    ) -> None:
-        super().__init__(d_model, n_experts, layer=layer, seed=seed)
-        hyper_size, n_generated = options.hyper_size, n_experts * (d_model + 1)
-        self.embedding = nn.Parameter(self.initial("embedding", (d_model,), 1.0))
-        w_in = self.initial("hypernet_w_in", (hyper_size, d_model), init_std)
-        w_out = self.initial("hypernet_w_out", (n_generated, hyper_size), init_std)
-        self.register_buffer("hypernet_w_in", w_in)
+    def __init__(self, spec: LayerSpec, options: HyperOptions) -> None:
+        super().__init__(spec, options)
+        hyper_size, n_generated = options.hyper_size, spec.n_experts * (spec.d_model + 1)
+        self.embedding = nn.Parameter(spec.normal("embedding", (spec.d_model,), std=1.0))
+        self.register_buffer("hypernet_w_in", spec.normal("hypernet_w_in", (hyper_size, spec.d_model)))
         self.register_buffer("hypernet_b_in", torch.zeros(hyper_size))
-        self.register_buffer("hypernet_w_out", w_out)
+        self.register_buffer("hypernet_w_out", spec.normal("hypernet_w_out", (n_generated, hyper_size)))
         self.register_buffer("hypernet_b_out", torch.zeros(n_generated))
 
     def generate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The router in force: weight [E, D] and bias [E], fp32, differentiable in the embedding."""
-        hidden_H = F.linear(self.embedding.float(), self.hypernet_w_in, self.hypernet_b_in).relu()
-        generated = F.linear(hidden_H, self.hypernet_w_out, self.hypernet_b_out)
-        weight_ED, bias_E1 = generated.view(self.n_experts, self.d_model + 1).split([self.d_model, 1], dim=1)
-        return weight_ED, bias_E1.squeeze(1)
+        hidden_H = linear(self.embedding.float(), self.hypernet_w_in, self.hypernet_b_in).relu()
+        generated = linear(hidden_H, self.hypernet_w_out, self.hypernet_b_out)
+        rows = generated.view(self.spec.n_experts, self.spec.d_model + 1)
+        return rows[:, :-1], rows[:, -1]
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest logits of the generated router."""
         weight_ED, bias_E = self.generate()
-        return top_k_softmax(F.linear(x_TD.float(), weight_ED, bias_E), context.top_k)
+        return top_k_softmax(linear(x_TD.float(), weight_ED, bias_E), context.top_k)

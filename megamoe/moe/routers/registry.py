@@ -10,7 +10,7 @@ from typing import Any
 from megamoe.config.load import build, nearest
 from megamoe.config.schema import RouterConfig
 from megamoe.errors import ConfigError
-from megamoe.moe.routing import Router
+from megamoe.moe.routing import LayerSpec, Router
 
 ENTRY_POINT_GROUP = "megamoe.routers"
 
@@ -66,10 +66,8 @@ def build_router(
     Raises:
         ConfigError: as `resolve_options`.
     """
-    options = resolve_options(router)
-    return router_class(router.name)(
-        d_model, n_experts, layer=layer, seed=seed, init_std=init_std, options=options
-    )
+    spec = LayerSpec(d_model=d_model, n_experts=n_experts, layer=layer, seed=seed, init_std=init_std)
+    return router_class(router.name)(spec, resolve_options(router))
 
 
 def _sources() -> dict[str, EntryPoint]:

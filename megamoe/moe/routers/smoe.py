@@ -6,17 +6,17 @@
 with trained W [E, D], started at N(0, init_std^2), and b [E], started at 0.
 
 Paper: Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts
-Layer", ICLR 2017, arXiv 1701.06538, without its noise; `noisy` adds it.
+Layer", ICLR 2017, arXiv 1701.06538, without its noise.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import linear
 
-from megamoe.moe.routing import Router, RouterContext, Routing, top_k_softmax
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing, top_k_softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,10 @@ class SMoERouter(Router):
     weight: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        *,
-        layer: int,
-        seed: int,
-        init_std: float,
-        options: SMoEOptions,
-    ) -> None:
-        super().__init__(d_model, n_experts, layer=layer, seed=seed)
-        weight_ED, bias_E = self.initial("weight", (n_experts, d_model), init_std), torch.zeros(n_experts)
-        for name, value in (("weight", weight_ED), ("bias", bias_E)):
+    def __init__(self, spec: LayerSpec, options: SMoEOptions) -> None:
+        super().__init__(spec, options)
+        weight_ED = spec.normal("weight", (spec.n_experts, spec.d_model))
+        for name, value in (("weight", weight_ED), ("bias", torch.zeros(spec.n_experts))):
             if self.learned:
                 self.register_parameter(name, nn.Parameter(value))
             else:
@@ -55,5 +46,5 @@ class SMoERouter(Router):
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest logits."""
-        logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
+        logits_TE = linear(x_TD.float(), self.weight.float(), self.bias.float())
         return top_k_softmax(logits_TE, context.top_k)
