@@ -47,12 +47,37 @@ class Exchange(Protocol):
 
 
 @dataclass(frozen=True)
-class _LocalPlan:
-    """order_N: which of the T * K choices each row came from, stable by expert."""
+class SortedChoices:
+    """The choices of T tokens that name an expert, sorted by expert, in token order within one.
+
+    Attributes:
+        order_N: which of the T * K choices row n is.
+        counts: rows of each of the E experts, summing to N.
+        n_tokens: T.
+        n_choices: K.
+    """
 
     order_N: torch.Tensor
+    counts: list[int]
     n_tokens: int
     n_choices: int
+
+    @classmethod
+    def of(cls, expert_ids_TK: torch.Tensor, n_experts: int) -> "SortedChoices":
+        """Sort choices by expert; those of -1 are left out."""
+        ids_N = expert_ids_TK.flatten()
+        n_dropped, *counts = torch.bincount(ids_N + 1, minlength=n_experts + 1).tolist()
+        return cls(ids_N.argsort(stable=True)[n_dropped:], counts, *expert_ids_TK.shape)
+
+    def gather(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """One copy of its token for each row, [N, D]."""
+        return x_TD.index_select(0, self.order_N // self.n_choices)
+
+    def weighted_sum(self, rows_ND: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Each token's rows times their weights, summed in fp32; [T, D] in the type of the rows."""
+        weighted_ND = rows_ND.float() * weights_TK.flatten()[self.order_N, None]
+        y_TD = weighted_ND.new_zeros(self.n_tokens, rows_ND.shape[1])
+        return y_TD.index_add(0, self.order_N // self.n_choices, weighted_ND).to(rows_ND.dtype)
 
 
 class LocalExchange:
@@ -60,19 +85,13 @@ class LocalExchange:
 
     def dispatch(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, n_experts: int) -> Dispatched:
         """Group a copy of each chosen token by expert; choices of -1 are left out."""
-        ids_N = expert_ids_TK.flatten()
-        n_tokens, n_choices = expert_ids_TK.shape
-        n_dropped, *counts = torch.bincount(ids_N + 1, minlength=n_experts + 1).tolist()
-        order_N = ids_N.argsort(stable=True)[n_dropped:]
-        plan = _LocalPlan(order_N, n_tokens, n_choices)
-        return Dispatched(x_TD.index_select(0, order_N // n_choices), counts, plan)
+        choices = SortedChoices.of(expert_ids_TK, n_experts)
+        return Dispatched(choices.gather(x_TD), choices.counts, choices)
 
     def combine(
         self, rows_ND: torch.Tensor, weights_TK: torch.Tensor, dispatched: Dispatched
     ) -> torch.Tensor:
         """Sum each token's weighted expert outputs in fp32."""
-        plan = dispatched.plan
-        assert isinstance(plan, _LocalPlan)
-        weighted_ND = rows_ND.float() * weights_TK.flatten()[plan.order_N, None]
-        y_TD = weighted_ND.new_zeros(plan.n_tokens, rows_ND.shape[1])
-        return y_TD.index_add(0, plan.order_N // plan.n_choices, weighted_ND).to(rows_ND.dtype)
+        choices = dispatched.plan
+        assert isinstance(choices, SortedChoices)
+        return choices.weighted_sum(rows_ND, weights_TK)
