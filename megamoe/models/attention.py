@@ -1,0 +1,167 @@
+"""Relative attention with memory (Dai et al., Transformer-XL, ACL 2019, section 3.3).
+
+For query i and key j, with W the width of a head and r_d the projected encoding of distance d,
+
+    score_ij = ((q_i + u) . k_j + (q_i + v) . r_{i-j}) / sqrt(W)
+
+over memory and segment, where u and v are two vectors per head that all layers share.
+
+Shapes besides the common ones: A attention heads, W width of one head, C = M + S context positions
+(memory, then segment), P = C + 1 distances.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout, linear
+
+from megamoe.errors import ConfigError
+
+# Queries are taken in blocks: those of one block share the keys they may see, which cuts off most of
+# what the causal mask hides, and the score matrix of a block stays in the cache.
+QUERY_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class AttentionSpan:
+    """How far back attention reaches. Evaluation may use another span than training.
+
+    Attributes:
+        memory_len: positions M kept from earlier segments.
+        same_length: every token sees exactly the `memory_len` latest positions, itself included, and
+            not also what else its segment and the memory hold.
+        clamp_len: distances above it count as `clamp_len`; 0 tells all apart.
+    """
+
+    memory_len: int
+    same_length: bool = False
+    clamp_len: int = 0
+
+    def __post_init__(self) -> None:
+        if self.same_length and self.memory_len == 0:
+            raise ConfigError("same_length = True: needs a memory_len above 0, the length in question")
+
+
+class AttentionInputs(NamedTuple):
+    """What the attention of every layer shares.
+
+    Attributes:
+        distances_PD: encodings of the distances C, C - 1, ..., 0.
+        hidden_SC: True where query s must not see key c.
+        bias_u_AW: u of the score, added to queries that meet keys.
+        bias_v_AW: v of the score, added to queries that meet distances.
+    """
+
+    distances_PD: torch.Tensor
+    hidden_SC: torch.Tensor
+    bias_u_AW: torch.Tensor
+    bias_v_AW: torch.Tensor
+
+
+def inverse_frequencies(d_model: int, device: torch.device | None = None) -> torch.Tensor:
+    """1 / 10000^(2i/D) for i in 0, ..., D/2 - 1, in fp32."""
+    return 1 / 10000 ** (torch.arange(0, d_model, 2, dtype=torch.float32, device=device) / d_model)
+
+
+def encode_distances(context_len: int, d_model: int, clamp_len: int, like: torch.Tensor) -> torch.Tensor:
+    """Sinusoids of the distances C, C - 1, ..., 0: sines, then cosines, of d / 10000^(2i/D).
+
+    The first is one further than any query sees; see `_shift`.
+
+    Returns:
+        [C + 1, D] in the type and on the device of `like`.
+    """
+    wide = torch.promote_types(like.dtype, torch.float32)
+    distances_P = torch.arange(context_len, -1, -1, device=like.device, dtype=wide)
+    if clamp_len > 0:
+        distances_P = distances_P.clamp(max=clamp_len)
+    angles = torch.outer(distances_P, inverse_frequencies(d_model, like.device).to(wide))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(like.dtype)
+
+
+def hide_keys(segment_len: int, context_len: int, span: AttentionSpan, device: torch.device) -> torch.Tensor:
+    """The mask [S, C], True where a key is later than its query or beyond the span."""
+    keys_C = torch.arange(context_len, device=device)
+    distance_SC = keys_C[context_len - segment_len :, None] - keys_C
+    hidden_SC = distance_SC < 0
+    return hidden_SC | (distance_SC >= span.memory_len) if span.same_length else hidden_SC
+
+
+class QueryKeyValue(nn.Module):
+    """Queries of the segment, keys and values of the whole context, from one weight [3 A W, D]."""
+
+    def __init__(self, d_model: int, n_heads: int, d_head: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.weight = nn.Parameter(torch.empty(3 * n_heads * d_head, d_model))
+
+    def forward(self, context_BCD: torch.Tensor, segment_len: int) -> tuple[torch.Tensor, ...]:
+        """Project.
+
+        Returns:
+            queries [A, B, S, W], keys and values [A, B, C, W]. Heads come first, so that the batch
+            folds into the rows of the products with distances, which have no batch.
+        """
+        d_inner = self.weight.shape[0] // 3
+        query_weight, key_value_weight = self.weight.split([d_inner, 2 * d_inner])
+        queries_BSI = linear(context_BCD[:, -segment_len:], query_weight)
+        keys_BCI, values_BCI = linear(context_BCD, key_value_weight).chunk(2, dim=-1)
+        return tuple(
+            x.unflatten(-1, (self.n_heads, -1)).permute(2, 0, 1, 3).contiguous()
+            for x in (queries_BSI, keys_BCI, values_BCI)
+        )
+
+
+class RelativeAttention(nn.Module):
+    """Multi-head relative attention of a segment over memory and itself. No norm, no residual.
+
+    Args:
+        d_model: model width D.
+        n_heads: attention heads A.
+        d_head: width W of one head; A * W need not be D.
+        dropout: dropout on attention probabilities.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_head: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.scale = d_head**-0.5
+        self.dropout = dropout
+        self.qkv = QueryKeyValue(d_model, n_heads, d_head)
+        self.position = nn.Linear(d_model, n_heads * d_head, bias=False)
+        self.output = nn.Linear(n_heads * d_head, d_model, bias=False)
+
+    def forward(self, context_BCD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        """Attend from the last S positions of the context, [B, S, D]."""
+        segment_len, context_len = inputs.hidden_SC.shape
+        q_ABSW, k_ABCW, v_ABCW = self.qkv(context_BCD, segment_len)
+        r_APW = self.position(inputs.distances_PD).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
+        content_ABSW = (q_ABSW + inputs.bias_u_AW[:, None, None]) * self.scale
+        position_ABSW = (q_ABSW + inputs.bias_v_AW[:, None, None]) * self.scale
+
+        blocks = []
+        for start in range(0, segment_len, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, segment_len)
+            n_keys = context_len - segment_len + stop
+            scores = content_ABSW[:, :, start:stop] @ k_ABCW[:, :, :n_keys].transpose(-1, -2)
+            scores += _shift(position_ABSW[:, :, start:stop], r_APW[:, -n_keys - 1 :])
+            scores.masked_fill_(inputs.hidden_SC[start:stop, :n_keys], -torch.inf)
+            # Whatever the type, exponentials and their sum are computed in fp32 or wider.
+            probabilities = dropout(scores.softmax(dim=-1), self.dropout, self.training)
+            blocks.append(probabilities @ v_ABCW[:, :, :n_keys])
+        return self.output(torch.cat(blocks, dim=2).permute(1, 2, 0, 3).flatten(2))
+
+
+def _shift(queries_ABNW: torch.Tensor, distances_APW: torch.Tensor) -> torch.Tensor:
+    """Products of queries with distances, [A, B, N, P - 1], column j holding that of distance i - j.
+
+    Row i of the plain product holds distances P - 1, ..., 0 where it should start N - 1 - i further
+    left. One more distance than there are keys makes rows one longer than needed, so that skipping the
+    first N numbers and reading on in rows of P - 1 shifts each row by one more, without a copy. What
+    runs over from the next row lies where keys are later than the query, which is hidden anyway.
+    """
+    n_heads, batch, n_queries, _ = queries_ABNW.shape
+    products = queries_ABNW.flatten(1, 2) @ distances_APW.transpose(-1, -2)
+    return products.view(n_heads, batch, -1)[..., n_queries:].view(n_heads, batch, n_queries, -1)
