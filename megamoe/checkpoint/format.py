@@ -1,0 +1,236 @@
+"""The neutral checkpoint on disk: names of folders and files, the manifest, and what makes it valid.
+
+Nothing here reads or writes tensors; docs/checkpoints.md describes the format for other programs.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from megamoe.errors import CheckpointError
+
+FORMAT = "megamoe-checkpoint"
+VERSION = 1
+MANIFEST, CONFIG, STATE = "manifest.json", "config.json", "state.json"
+BEST = "best"
+"""Name of the folder that holds the checkpoint with the best validation figure."""
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "buffer", "memory")
+# What the manifest calls a dtype, and what a safetensors header calls it.
+DTYPES = {
+    "float64": (torch.float64, "F64"),
+    "float32": (torch.float32, "F32"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "int64": (torch.int64, "I64"),
+    "int32": (torch.int32, "I32"),
+    "uint8": (torch.uint8, "U8"),
+    "bool": (torch.bool, "BOOL"),
+}
+_STEP_FOLDER = re.compile(r"step-(\d{9,})")
+_PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+T = TypeVar("T")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The manifest's name of `dtype`: ``torch.float32`` is ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def step_folder(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps; names sort as steps do."""
+    return f"step-{step:09d}"
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Every ``step-*`` folder in `folder`, complete or not, oldest step first."""
+    if not folder.is_dir():
+        return []
+    named = ((_STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+
+def shard_file(rank: int, world_size: int) -> str:
+    """Name of the file that writing rank `rank` of `world_size` fills."""
+    return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements start..stop of the row-major global tensor are the 1-D tensor `key` of shard `file`."""
+
+    file: str
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One global tensor; `pieces` are sorted and cover it exactly once."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Size in bytes and SHA-256 of one file of the folder."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Which tensors a checkpoint holds, where their elements are, and what its files must look like.
+
+    Attributes:
+        files: every other file of the folder by name.
+        tensors: for each kind, the global tensors by name.
+    """
+
+    files: Mapping[str, StoredFile]
+    tensors: Mapping[str, Mapping[str, TensorEntry]]
+
+    def __post_init__(self) -> None:
+        for name in (CONFIG, STATE):
+            if name not in self.files:
+                raise CheckpointError(f"{MANIFEST}: does not list {name}")
+        for name in self.files:
+            if not _PLAIN_FILE.fullmatch(name) or name == MANIFEST:
+                raise CheckpointError(f"{MANIFEST}: {name!r} is not the plain name of a file beside it")
+        used: set[tuple[str, str]] = set()
+        for kind, name, entry in self.entries():
+            _check_entry(f"{kind} {name!r}", entry)
+            for piece in entry.pieces:
+                if piece.file not in self.files:
+                    raise CheckpointError(f"{MANIFEST}: {kind} {name!r} is in unlisted file {piece.file!r}")
+                if (piece.file, piece.key) in used:
+                    raise CheckpointError(f"{MANIFEST}: {piece.key!r} of {piece.file} is used twice")
+                used.add((piece.file, piece.key))
+
+    def entries(self) -> Iterator[tuple[str, str, TensorEntry]]:
+        """``(kind, name, entry)`` of every tensor."""
+        for kind, tensors in self.tensors.items():
+            for name, entry in tensors.items():
+                yield kind, name, entry
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        tensors: dict[str, dict[str, Any]] = {kind: {} for kind in self.tensors}
+        for kind, name, entry in self.entries():
+            pieces = [[piece.file, piece.key, piece.start, piece.stop] for piece in entry.pieces]
+            tensors[kind][name] = {"shape": list(entry.shape), "dtype": entry.dtype, "pieces": pieces}
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "files": {name: {"bytes": f.size, "sha256": f.sha256} for name, f in self.files.items()},
+            "tensors": tensors,
+        }
+        return json.dumps(body | {"sha256": _digest(body)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Parse and validate ``manifest.json``.
+
+        Raises:
+            CheckpointError: not JSON, another format or version, changed since it was written, a field
+                of the wrong type, or pieces that do not cover a tensor exactly once.
+        """
+        body = parse_object(text, MANIFEST)
+        if body.get("format") != FORMAT:
+            raise CheckpointError(f"{MANIFEST}: format = {body.get('format')!r}: expected {FORMAT!r}")
+        if body.get("version") != VERSION:
+            raise CheckpointError(
+                f"{MANIFEST}: version = {body.get('version')!r}: this megamoe reads {VERSION}"
+            )
+        if body.pop("sha256", None) != _digest(body):
+            raise CheckpointError(f"{MANIFEST}: sha256 does not match its content; the file was changed")
+        files = {
+            name: StoredFile(_typed(file, "bytes", int, name), _typed(file, "sha256", str, name))
+            for name, file in _typed(body, "files", dict, MANIFEST).items()
+        }
+        tensors = _typed(body, "tensors", dict, MANIFEST)
+        if unknown := set(tensors) - set(KINDS):
+            raise CheckpointError(f"{MANIFEST}: unknown kind of tensor {min(unknown)!r}")
+        return cls(files, {kind: _parse_entries(kind, named) for kind, named in tensors.items()})
+
+
+def parse_object(text: str, name: str) -> dict[str, Any]:
+    """The JSON object in `text`; `name` is the file it came from.
+
+    Raises:
+        CheckpointError: it is not JSON, or not an object.
+    """
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: not valid JSON ({str(error)[:80]})") from None
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{name}: holds no JSON object")
+    return body
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _typed(owner: Any, key: str, kind: type[T], where: str) -> T:
+    value = owner.get(key) if isinstance(owner, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise CheckpointError(f"{MANIFEST}: {where}: {key} = {value!r:.40}: expected {kind.__name__}")
+    return value
+
+
+def _parse_entries(kind: str, named: Any) -> dict[str, TensorEntry]:
+    if not isinstance(named, dict):
+        raise CheckpointError(f"{MANIFEST}: {kind}: expected tensors by name")
+    entries = {}
+    for name, entry in named.items():
+        where = f"{kind} {name!r}"
+        pieces = [_parse_piece(piece, where) for piece in _typed(entry, "pieces", list, where)]
+        shape = tuple(_typed(entry, "shape", list, where))
+        entries[name] = TensorEntry(shape, _typed(entry, "dtype", str, where), tuple(pieces))
+    return entries
+
+
+def _parse_piece(piece: Any, where: str) -> Piece:
+    kinds = (str, str, int, int)
+    if (
+        not isinstance(piece, list)
+        or len(piece) != len(kinds)
+        or not all(type(value) is kind for value, kind in zip(piece, kinds, strict=True))
+    ):
+        raise CheckpointError(f"{MANIFEST}: {where}: piece {piece!r:.80} is not [file, key, start, stop]")
+    return Piece(*piece)
+
+
+def _check_entry(where: str, entry: TensorEntry) -> None:
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{MANIFEST}: {where}: dtype = {entry.dtype!r}: not one of {', '.join(DTYPES)}")
+    if not all(type(size) is int and size >= 0 for size in entry.shape):
+        raise CheckpointError(f"{MANIFEST}: {where}: shape = {list(entry.shape)!r:.80}: not sizes")
+    covered = 0
+    for piece in entry.pieces:
+        if piece.start != covered or piece.stop <= piece.start:
+            raise CheckpointError(f"{MANIFEST}: {where}: pieces overlap or leave a gap at element {covered}")
+        covered = piece.stop
+    if covered != entry.numel:
+        raise CheckpointError(
+            f"{MANIFEST}: {where}: pieces hold {covered} elements, shape {list(entry.shape)} {entry.numel}"
+        )

@@ -1,0 +1,78 @@
+"""Whether a checkpoint belongs to a model, and if not, the first thing that differs."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from megamoe.checkpoint.reader import CheckpointReader
+from megamoe.config.schema import ModelConfig, MoEConfig
+from megamoe.errors import CheckpointError
+from megamoe.parallel.placement import global_shapes, saved_buffers
+
+# Options that a model's weights depend on, even where the shapes do not tell. Others may change on the way:
+# dropout, lengths of segment and memory, k and its schedule, losses, options of the routing policy.
+_MODEL_OPTIONS = (
+    "vocab_size", "n_layers", "d_model", "n_heads", "d_head", "d_inner", "pre_norm", "cutoffs", "div_val",
+    "d_embed", "tie_weights", "tie_projections",
+)  # fmt: skip
+_MOE_OPTIONS = ("n_experts", "d_expert")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def require_same_options(reader: CheckpointReader, model: ModelConfig, moe: MoEConfig) -> None:
+    """Refuse a checkpoint whose weights mean something else in a model of this config.
+
+    Args:
+        reader: the checkpoint.
+        model: config of the model at hand, its vocabulary size resolved.
+        moe: config of its mixture layers.
+
+    Raises:
+        CheckpointError: the first option that differs, both values, and the remedy.
+    """
+    saved = reader.config
+    for (name, here), (_, there) in zip(_options(model, moe), _options(saved.model, saved.moe), strict=True):
+        if here != there:
+            raise CheckpointError(
+                f"{name} = {here!r}: checkpoint {str(reader.folder)!r} was trained with {there!r};"
+                f" set {name}={_written(there)} or choose another checkpoint"
+            )
+
+
+def require_same_tensors(reader: CheckpointReader, model: nn.Module) -> None:
+    """Refuse a checkpoint that does not hold exactly the tensors of `model`.
+
+    Raises:
+        CheckpointError: the first tensor that is missing, has another shape, or is unknown.
+    """
+    buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
+    _require_same_shapes(reader, "weight", global_shapes(model))
+    _require_same_shapes(reader, "buffer", buffers)
+
+
+def _options(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, object]]:
+    yield from ((f"model.{name}", getattr(model, name)) for name in _MODEL_OPTIONS)
+    yield "moe.layers", moe.layer_indices(model.n_layers)
+    yield from ((f"moe.{name}", getattr(moe, name)) for name in _MOE_OPTIONS)
+    yield "moe.router.name", moe.router.name
+
+
+def _written(value: object) -> str:
+    """`value` as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
+
+def _require_same_shapes(reader: CheckpointReader, kind: str, shapes: Shapes) -> None:
+    where = f"checkpoint {str(reader.folder)!r}"
+    remedy = "the options of the router must be those of the checkpoint"
+    saved = set(reader.names(kind))
+    for name, shape in shapes.items():
+        if name not in saved:
+            raise CheckpointError(f"{name}: not in {where}, but the model has it; {remedy}")
+        if shape != reader.shape(kind, name):
+            raise CheckpointError(
+                f"{name}: {list(shape)} in the model, {list(reader.shape(kind, name))} in {where}; {remedy}"
+            )
+    if unknown := saved - set(shapes):
+        raise CheckpointError(f"{min(unknown)}: in {where}, but the model has no such {kind}; {remedy}")

@@ -1,0 +1,182 @@
+"""Read a checkpoint: any range of any tensor, wherever its pieces are. Never unpickles, never trusts."""
+
+import hashlib
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megamoe.checkpoint.folder import replaced
+from megamoe.checkpoint.format import (
+    CONFIG,
+    DTYPES,
+    MANIFEST,
+    STATE,
+    Manifest,
+    Piece,
+    TensorEntry,
+    parse_object,
+    step_folders,
+)  # fmt: skip
+from megamoe.checkpoint.state import TrainingState
+from megamoe.config import RunConfig, from_dict
+from megamoe.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run folder that holds its ``step-*`` folders."""
+
+
+class CheckpointReader:
+    """An open checkpoint. Opening reads the manifest and the sizes of files, tensors only on demand.
+
+    Raises:
+        CheckpointError: the folder is torn, or its manifest is not valid.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.from_json(self._text(MANIFEST))
+        for name, stored in self.manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise self._error(f"{name}: missing; the checkpoint is torn")
+            if path.stat().st_size != stored.size:
+                raise self._error(f"{name}: holds {path.stat().st_size} bytes, not {stored.size}; it is torn")
+        self._shards: dict[str, Any] = {}
+
+    @cached_property
+    def state(self) -> TrainingState:
+        """State of the run that was saved."""
+        try:
+            return TrainingState.from_json(self._text(STATE))
+        except CheckpointError as error:
+            raise self._error(str(error)) from None
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """Config of the run that was saved, its vocabulary size resolved."""
+        try:
+            return from_dict(parse_object(self._text(CONFIG), CONFIG))
+        except (CheckpointError, ConfigError) as error:
+            raise self._error(f"{CONFIG}: {error}") from None
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors of `kind`, sorted."""
+        return sorted(self.manifest.tensors.get(kind, {}))
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """Shape of a global tensor."""
+        return self._entry(kind, name).shape
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """A whole global tensor."""
+        entry = self._entry(kind, name)
+        return self.read(kind, name, 0, entry.numel).view(entry.shape)
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop of the row-major global tensor, 1-D; no others are read.
+
+        Raises:
+            CheckpointError: there is no such tensor or range, or a shard contradicts the manifest.
+        """
+        entry = self._entry(kind, name)
+        if not 0 <= start <= stop <= entry.numel:
+            raise self._error(f"{kind} {name}: range {start}:{stop} is not within its {entry.numel} elements")
+        values = torch.empty(stop - start, dtype=DTYPES[entry.dtype][0])
+        for piece in entry.pieces:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                stored = self._stored(entry, piece)
+                values[first - start : last - start] = stored[first - piece.start : last - piece.start]
+        return values
+
+    def verify(self) -> None:
+        """Read everything: every hash must match, and every number of a float tensor must be finite.
+
+        Raises:
+            CheckpointError: naming the first file or tensor that is wrong.
+        """
+        for name, stored in self.manifest.files.items():
+            with (self.folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != stored.sha256:
+                    raise self._error(f"{name}: sha256 differs from the manifest's; it is corrupt")
+        for kind, name, entry in self.manifest.entries():
+            for piece in entry.pieces:
+                values = self._stored(entry, piece)[:]
+                if not values.isfinite().all():
+                    raise self._error(f"{kind} {name}: holds numbers that are not finite")
+        _ = (self.state, self.config)
+
+    def _entry(self, kind: str, name: str) -> TensorEntry:
+        try:
+            return self.manifest.tensors[kind][name]
+        except KeyError:
+            raise self._error(f"holds no {kind} {name!r}") from None
+
+    def _stored(self, entry: TensorEntry, piece: Piece) -> Any:
+        """The piece in its shard, which can be sliced; checked against the manifest."""
+        try:
+            if piece.file not in self._shards:
+                self._shards[piece.file] = safe_open(self.folder / piece.file, framework="pt")
+            stored = self._shards[piece.file].get_slice(piece.key)
+        except (SafetensorError, OSError) as error:
+            raise self._error(f"{piece.file}: {piece.key}: {error}") from None
+        found = (stored.get_dtype(), stored.get_shape())
+        expected = (DTYPES[entry.dtype][1], [piece.stop - piece.start])
+        if found != expected:
+            raise self._error(f"{piece.file}: {piece.key} is {found}, the manifest says {expected}")
+        return stored
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise self._error(f"{name}: missing; not a checkpoint, or a torn one") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._error(f"{name}: cannot be read ({error})") from None
+
+    def _error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"checkpoint {str(self.folder)!r}: {problem}")
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, or None. Torn ones are named in a warning.
+
+    Ranks must not each look for themselves: one looks and tells the others.
+
+    Args:
+        folder: a run folder, or its folder of checkpoints.
+    """
+    inside = folder / CHECKPOINTS
+    for _, path in reversed(step_folders(inside if inside.is_dir() else folder)):
+        try:
+            CheckpointReader(path)
+        except CheckpointError as error:
+            logger.warning("%s; skipped", error)
+        else:
+            return path
+    return None
+
+
+def locate(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest below it if it is a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        return path
+    if not path.exists() and replaced(path).exists():  # the writer was killed between its two renames
+        return replaced(path)
+    found = find_latest(path)
+    if found is None:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: there is none; give a run folder, or a step-* or best folder in it"
+        )
+    return found

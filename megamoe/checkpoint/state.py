@@ -1,0 +1,86 @@
+"""What a run must remember besides tensors: `TrainingState`, the content of ``state.json``."""
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from megamoe.checkpoint.format import STATE, parse_object
+from megamoe.errors import CheckpointError
+from megamoe.parallel.counters import EngineCounters
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """State of a run after `step` optimizer steps. Data position and randomness follow from the step.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens_seen: tokens trained on.
+        best_metric: best validation figure so far, in the corpus's metric; None before the first.
+        best_step: step of that figure.
+        schedule: state of a learning-rate schedule that has any (plateau).
+        corpus: what the figures are called: name, unit, metric, whether it is a sample.
+        tokenizer: text to token ids, as ``tokenizer.to_dict()`` writes it.
+        engine: counters of the engine; `save_checkpoint` fills them in.
+    """
+
+    step: int
+    tokens_seen: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    schedule: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    engine: EngineCounters = field(default_factory=EngineCounters)
+
+    def to_json(self) -> str:
+        """The text of ``state.json``.
+
+        Raises:
+            CheckpointError: a value is not finite or not plain data.
+        """
+        try:
+            return json.dumps(asdict(self), indent=1, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{STATE}: cannot be written as JSON ({error})") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainingState":
+        """Parse ``state.json``, refusing unknown, missing and mistyped fields.
+
+        Raises:
+            CheckpointError: the field and its value.
+        """
+        return _build(cls, parse_object(text, STATE), "")
+
+
+def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
+    hints = typing.get_type_hints(cls)
+    if unknown := set(values) - set(hints):
+        raise CheckpointError(f"{STATE}: {path}{min(unknown)}: unknown field")
+    arguments = {}
+    for spec in fields(cls):  # type: ignore[arg-type]
+        name = f"{path}{spec.name}"
+        if spec.name in values:
+            arguments[spec.name] = _checked(hints[spec.name], values[spec.name], name)
+        elif spec.default is MISSING and spec.default_factory is MISSING:
+            raise CheckpointError(f"{STATE}: {name}: missing")
+    return cls(**arguments)
+
+
+def _checked(hint: Any, value: Any, name: str) -> Any:
+    if is_dataclass(hint) and isinstance(value, dict):
+        return _build(typing.cast("type[Any]", hint), value, f"{name}.")
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in allowed)
+    if float in kinds:
+        kinds = (*kinds, int)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise CheckpointError(f"{STATE}: {name} = {value!r:.60}: expected {expected}")
+    return value
