@@ -219,8 +219,8 @@ def _resolve_precision(ds: DsConfig, device: Device) -> None:
         )
     if on in (["bf16"], ["fp16"]) and zero_stage(ds) == 0:
         raise ConfigError(
-            f"{on[0]}.enabled = true at zero_optimization.stage 0: DeepSpeed takes an empty first step there and"
-            " leaves experts out of the gradient norm; use stage 1, which also works on one rank"
+            f"{on[0]}.enabled = true at zero_optimization.stage 0: DeepSpeed takes an empty first step there"
+            " and leaves experts out of the gradient norm; use stage 1, which also works on one rank"
         )
     if ds.get("data_types", {}).get("buffer_dtype") not in (None, "fp32"):
         raise ConfigError("data_types.buffer_dtype: frozen hypernetworks are fp32 buffers; remove the key")
@@ -276,13 +276,13 @@ def _resolve_optimizer(run: RunConfig, ds: DsConfig, device: Device) -> None:
     kind = run.optimizer.name if kind == "auto" else str(kind).lower()
     if kind not in _OPTIMIZERS:
         raise ConfigError(
-            f"optimizer.type = {section['type']!r}: give Adam, AdamW or FusedAdam (NVIDIA Apex); others are not"
-            " tested with experts"
+            f"optimizer.type = {section['type']!r}: give Adam, AdamW or FusedAdam (NVIDIA Apex); others are"
+            " not tested with experts"
         )
     if kind == "fusedadam" and not device.apex:
         raise ConfigError(
-            f"optimizer.type = {section['type']!r}: needs a GPU and NVIDIA Apex built from its source; give Adam"
-            " or AdamW, which are fused too"
+            f"optimizer.type = {section['type']!r}: needs a GPU and NVIDIA Apex built from its source; give"
+            " Adam or AdamW, which are fused too"
         )
     section["type"] = _OPTIMIZERS[kind]
     decoupled = run.optimizer.name == "adamw"
@@ -320,7 +320,7 @@ def _resolve_offload(ds: DsConfig, device: Device) -> None:
 
 
 def uses_torch_adam(ds: Mapping[str, Any], device: Device) -> bool:
-    """Whether torch's Adam runs rather than Apex's, or DeepSpeed's for offloaded states, which it compiles."""
+    """Whether torch's Adam runs: not Apex's, and not DeepSpeed's for offloaded states, which it compiles."""
     section = ds.get("optimizer", {})
     if section.get("type") == "FusedAdam":
         return False

@@ -2,17 +2,22 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import nn
 
 from megamoe.config.schema import RunConfig
 from megamoe.errors import DistributedError
 from megamoe.models.transformer_xl import ModelOutput, TransformerXL
+from megamoe.moe.layer import MoELayer
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import Layout, layout_of
 from megamoe.parallel.launch import World
@@ -25,24 +30,12 @@ class StepResult:
     """What became of one optimizer step.
 
     Attributes:
-        grad_norm: global gradient norm before clipping; None where DeepSpeed does not compute it,
-            which is at ZeRO stage 0.
+        grad_norm: global gradient norm before clipping, experts of all ranks included; inf where skipped.
         skipped: gradients were not finite on some rank, so no rank changed its weights.
     """
 
-    grad_norm: float | None
+    grad_norm: float
     skipped: bool
-
-
-class _EngineModel(TransformerXL):
-    """The model in the form DeepSpeed can follow: it looks for tensors in tuples, not in dataclasses.
-
-    It prepares its gradient reduction in a hook on the tensors that the forward pass returns.
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ModelOutput]:  # type: ignore[override]
-        output = super().forward(*args, **kwargs)
-        return output.loss_BS, output
 
 
 class Engine:
@@ -75,8 +68,13 @@ class Engine:
         self.micro_batches = self.layout.accumulation
         model = build_model(run, self.layout, world, vocab_size)
         require_equal_buffers(model, world)
-        groups = parameter_groups(model, run.optimizer.weight_decay)
-        optimizer = build_optimizer(groups, run.optimizer, ds_config, Device.detect())
+        if self.layout.zero_stage == 3:
+            # A module's parameters are gathered again when gradients reach the tensors it returned. A
+            # router returns a `Routing`, so the mixture layer, which returns a tuple, stands for it.
+            set_z3_leaf_modules(model, [MoELayer], raise_if_not_found=False)
+        optimizer = build_optimizer(
+            parameter_groups(model, run.optimizer.weight_decay), run.optimizer, ds_config, Device.detect()
+        )
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=copy.deepcopy(dict(ds_config))
         )
@@ -88,8 +86,7 @@ class Engine:
 
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
         """`TransformerXL.forward` through DeepSpeed."""
-        loss_BS, output = self.deepspeed(*args, **kwargs)
-        return replace(output, loss_BS=loss_BS)
+        return self.deepspeed(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of one micro-batch, whose mean loss is the scalar `loss`.
@@ -102,12 +99,24 @@ class Engine:
 
     def step(self) -> StepResult:
         """Clip and apply the gradients of `micro_batches` calls of `backward`."""
+        if self.layout.zero_stage == 0:
+            return self._step_unsharded()
         self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(
-            grad_norm=None if norm is None else float(norm),
-            skipped=not self.deepspeed.was_step_applied(),
-        )
+        return StepResult(float(self.deepspeed.get_global_grad_norm()), not self.deepspeed.was_step_applied())
+
+    def _step_unsharded(self) -> StepResult:
+        """DeepSpeed computes no norm at stage 0 and would step on gradients that are not finite."""
+        norm = global_grad_norm(self.model)
+        if math.isfinite(norm):
+            self.deepspeed.step()
+            return StepResult(norm, skipped=False)
+        # What DeepSpeed counts when it skips a step itself.
+        self.deepspeed.zero_grad()
+        self.deepspeed.micro_steps += 1
+        self.deepspeed.global_steps += 1
+        self.deepspeed.skipped_steps += 1
+        self.deepspeed.global_samples += self.deepspeed.train_batch_size()
+        return StepResult(math.inf, skipped=True)
 
     def set_learning_rate(self, lr: float) -> None:
         """Use `lr` from the next step on, in all groups."""
@@ -123,9 +132,24 @@ class Engine:
         self.deepspeed.eval()
 
 
+def global_grad_norm(model: nn.Module) -> float:
+    """L2 norm of all gradients, experts of all ranks included, once gradients are reduced over ranks."""
+    shared: list[torch.Tensor] = []
+    spread: list[torch.Tensor] = []
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            (spread if is_moe_param(parameter) else shared).append(parameter.grad)
+    square = torch.nn.utils.get_total_norm(shared) ** 2
+    if spread:
+        here = torch.nn.utils.get_total_norm(spread) ** 2
+        dist.all_reduce(here, group=groups._get_max_expert_parallel_group())
+        square = square + here
+    return math.sqrt(square)
+
+
 def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -> TransformerXL:
     """The model of a run with this rank's share of the experts."""
-    model = _EngineModel(
+    model = TransformerXL(
         replace(run.model, vocab_size=vocab_size),
         run.moe,
         seed=run.training.seed,

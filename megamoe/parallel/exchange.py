@@ -23,7 +23,7 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(rows, send, receive, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return _exchange(gradient, *ctx.way_back), None, None, None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megamoe.errors import DistributedError
 
@@ -297,7 +298,7 @@ def _device(launch: Launch) -> torch.device:
 def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     try:
         dist.init_process_group(backend, timeout=timeout)
@@ -312,5 +313,7 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
 def _quiet(launch: Launch) -> None:
     """Let rank 0 speak for DeepSpeed: warnings there, errors elsewhere."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING if launch.rank == 0 else logging.ERROR)
+    # DeepSpeed calls functions of torch under their former names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if launch.rank != 0:
         warnings.simplefilter("ignore")

@@ -56,7 +56,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
 def build_optimizer(
     groups: list[Group], config: OptimizerConfig, ds: Mapping[str, Any], device: Device
 ) -> torch.optim.Optimizer:
-    """Adam over `groups`: torch's fused one; DeepSpeed's for states offloaded from a GPU; Apex's on request."""
+    """Adam: torch's fused one, DeepSpeed's for states offloaded from a GPU, or Apex's on request."""
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     decoupled = config.name == "adamw"
     if uses_torch_adam(ds, device):
