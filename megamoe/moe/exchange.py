@@ -5,9 +5,13 @@ reaches an expert of this rank.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import embedding_bag
+
+from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.routing import choices_per_expert
 
 
 @dataclass(frozen=True)
@@ -46,38 +50,67 @@ class Exchange(Protocol):
         ...
 
 
+class _CopyTokens(torch.autograd.Function):
+    """Row n is a copy of token token_N[n].
+
+    The gradient adds a token's rows up in token order; that of plain indexing adds them in any order
+    on a GPU, so that two equal runs would differ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: torch.Tensor, token_N: torch.Tensor, row_N: torch.Tensor, first_T: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(row_N, first_T)
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        row_N, first_T = ctx.saved_tensors
+        return embedding_bag(row_N, gradient_ND, first_T, mode="sum"), None, None, None
+
+
 @dataclass(frozen=True)
 class SortedChoices:
     """The choices of T tokens that name an expert, sorted by expert, in token order within one.
 
+    The order of the rows and the order of the tokens are kept side by side: choices count through
+    [T, K], rows through the sorted ones.
+
     Attributes:
-        order_N: which of the T * K choices row n is.
         counts: rows of each of the E experts, summing to N.
-        n_tokens: T.
-        n_choices: K.
+        token_N: token of row n.
+        choice_N: the choices that name an expert, rising.
+        row_N: row of each of those.
+        first_T: where the choices of token t begin in `choice_N` and `row_N`.
     """
 
-    order_N: torch.Tensor
     counts: list[int]
-    n_tokens: int
-    n_choices: int
+    token_N: torch.Tensor
+    choice_N: torch.Tensor
+    row_N: torch.Tensor
+    first_T: torch.Tensor
 
     @classmethod
     def of(cls, expert_ids_TK: torch.Tensor, n_experts: int) -> "SortedChoices":
         """Sort choices by expert; those of -1 are left out."""
-        ids_N = expert_ids_TK.flatten()
-        n_dropped, *counts = torch.bincount(ids_N + 1, minlength=n_experts + 1).tolist()
-        return cls(ids_N.argsort(stable=True)[n_dropped:], counts, *expert_ids_TK.shape)
+        counts = choices_per_expert(expert_ids_TK, n_experts).tolist()
+        n_left_out = expert_ids_TK.numel() - sum(counts)
+        sorted_N = expert_ids_TK.flatten().argsort(stable=True)[n_left_out:]
+        choice_N, row_N = sorted_N.sort()
+        kept_T = (expert_ids_TK >= 0).sum(1)
+        return cls(counts, sorted_N // expert_ids_TK.shape[1], choice_N, row_N, kept_T.cumsum(0) - kept_T)
 
     def gather(self, x_TD: torch.Tensor) -> torch.Tensor:
         """One copy of its token for each row, [N, D]."""
-        return x_TD.index_select(0, self.order_N // self.n_choices)
+        return _CopyTokens.apply(x_TD, self.token_N, self.row_N, self.first_T)
 
     def weighted_sum(self, rows_ND: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Each token's rows times their weights, summed in fp32; [T, D] in the type of the rows."""
-        weighted_ND = rows_ND.float() * weights_TK.flatten()[self.order_N, None]
-        y_TD = weighted_ND.new_zeros(self.n_tokens, rows_ND.shape[1])
-        return y_TD.index_add(0, self.order_N // self.n_choices, weighted_ND).to(rows_ND.dtype)
+        wide_ND = at_least_fp32(rows_ND)
+        weights_N = weights_TK.flatten().index_select(0, self.choice_N).to(wide_ND.dtype)
+        y_TD = embedding_bag(self.row_N, wide_ND, self.first_T, mode="sum", per_sample_weights=weights_N)
+        return y_TD.to(rows_ND.dtype)
 
 
 class LocalExchange:

@@ -53,13 +53,17 @@ class Routing:
             from the top-k in force (a policy may use more or fewer).
         weights_TK: fp32, differentiable, zero where the id is -1; a token's weights need not sum to 1.
         logits_TE: fp32 scores before selection, for losses and health; None if the policy has none.
-        losses: auxiliary losses by name, unweighted scalars of the policy's own making.
+        losses: auxiliary losses by name, unweighted scalars of the policy's own making. Loss ``x`` is
+            weighted by the policy's option ``x_loss``, as ``moe.z_loss`` weighs the z-loss.
+        dropped_TK: bool, choices that the policy made and gave up again for lack of capacity (their id
+            is -1, as is that of choices it never made); None if there are none.
     """
 
     expert_ids_TK: torch.Tensor
     weights_TK: torch.Tensor
     logits_TE: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    dropped_TK: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,12 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route tokens `x_TD` (any float type; the policy works in fp32)."""
+
+
+def choices_per_expert(expert_ids_TK: torch.Tensor, n_experts: int) -> torch.Tensor:
+    """[E] int64, how many choices name each expert; those of -1 count nowhere."""
+    bins_N = expert_ids_TK.flatten() + 1
+    return bins_N.new_zeros(n_experts + 1).scatter_add(0, bins_N, torch.ones_like(bins_N))[1:]
 
 
 def check_top_k(top_k: int, n_experts: int) -> None:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from megamoe.config.schema import option
 from megamoe.errors import ConfigError
 from megamoe.moe.initialization import generator
 from megamoe.moe.routing import Router, RouterContext, Routing
@@ -22,13 +23,9 @@ from megamoe.moe.routing import Router, RouterContext, Routing
 
 @dataclass(frozen=True, kw_only=True)
 class DenseOptions:
-    """Options of `DenseRouter`.
+    """Options of `DenseRouter`."""
 
-    Attributes:
-        drop: probability in [0, 1) with which an expert sits out a training step.
-    """
-
-    drop: float = 0.0
+    drop: float = option(0.0, "probability with which an expert sits out a training step")
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:

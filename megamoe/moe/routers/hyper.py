@@ -22,20 +22,19 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from megamoe.config.schema import option
 from megamoe.errors import ConfigError
+from megamoe.moe.precision import at_least_fp32
 from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing, top_k_softmax
 
 
 @dataclass(frozen=True, kw_only=True)
 class HyperOptions:
-    """Options of `HyperRouter`.
+    """Options of `HyperRouter`."""
 
-    Attributes:
-        hyper_size: hidden width H of the hypernetwork. The published code ran 256 whatever its
-            scripts asked for.
-    """
-
-    hyper_size: int = 256
+    hyper_size: int = option(
+        256, "hidden width H of the hypernetwork; the published code ran 256 whatever its scripts asked for"
+    )
 
     def __post_init__(self) -> None:
         if self.hyper_size < 1:
@@ -70,7 +69,7 @@ class HyperRouter(Router):
 
     def generate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The router in force: weight [E, D] and bias [E], fp32, differentiable in the embedding."""
-        hidden_H = linear(self.embedding.float(), self.hypernet_w_in, self.hypernet_b_in).relu()
+        hidden_H = linear(at_least_fp32(self.embedding), self.hypernet_w_in, self.hypernet_b_in).relu()
         generated = linear(hidden_H, self.hypernet_w_out, self.hypernet_b_out)
         rows = generated.view(self.spec.n_experts, self.spec.d_model + 1)
         return rows[:, :-1], rows[:, -1]
@@ -78,4 +77,4 @@ class HyperRouter(Router):
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest logits of the generated router."""
         weight_ED, bias_E = self.generate()
-        return top_k_softmax(linear(x_TD.float(), weight_ED, bias_E), context.top_k)
+        return top_k_softmax(linear(at_least_fp32(x_TD), weight_ED, bias_E), context.top_k)

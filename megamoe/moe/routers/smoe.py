@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from megamoe.moe.precision import at_least_fp32
 from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing, top_k_softmax
 
 
@@ -46,5 +47,5 @@ class SMoERouter(Router):
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest logits."""
-        logits_TE = linear(x_TD.float(), self.weight.float(), self.bias.float())
+        logits_TE = linear(at_least_fp32(x_TD), at_least_fp32(self.weight), at_least_fp32(self.bias))
         return top_k_softmax(logits_TE, context.top_k)
