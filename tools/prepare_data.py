@@ -1,0 +1,163 @@
+"""Turn text into the memory-mapped token folders that `megamoe train` reads through data.path."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megamoe.data.datasets import (
+    DATASETS,
+    TOKENIZER_CHOICES,
+    choose_tokenizer,
+    open_dataset,
+    open_text,
+)
+from megamoe.data.encoding import SUBWORDS, RawText
+from megamoe.data.prepare import prepare
+from megamoe.data.prepared import Manifest, verify
+from megamoe.data.samples import BUNDLED, bundled_text
+from megamoe.errors import ConfigError, MegaMoEError
+
+EXAMPLES = """\
+examples:
+  prepare_data.py enwik8 enwik8.zip --output data/enwik8
+  prepare_data.py enwik8 enwik8.zip --output data/enwik8-symbols --tokenizer reference_symbols
+  prepare_data.py wikitext103 wikitext-103-v1.zip --output data/wikitext103
+  prepare_data.py wikitext2 --sample --output data/wikitext2-8k --tokenizer sentencepiece --vocab-size 8000
+  prepare_data.py text book1.txt book2.txt --output data/books --splits 0.8,0.1,0.1
+  prepare_data.py text train.txt --valid valid.txt --test test.txt --output data/mine
+  prepare_data.py verify data/enwik8
+
+then: megamoe train --preset small_enwik8 data.path=data/enwik8
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; the exit code is 0, 2 for a user's mistake, 130 on Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    args = _parser().parse_args(arguments)
+    try:
+        if args.command == "verify":
+            manifest = verify(args.folder)
+            print(f"{args.folder}: whole and unchanged")
+        else:
+            manifest = _prepare(args)
+        _describe(manifest)
+    except MegaMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for dataset in DATASETS.values():
+        command = _add_command(commands, dataset.name, f"{dataset.title}; {dataset.where}")
+        command.add_argument(
+            "paths", nargs="*", type=Path, metavar="PATH", help="archive, raw file(s), or a folder with them"
+        )
+        if dataset.name in BUNDLED:
+            command.add_argument("--sample", action="store_true", help="read the text bundled with megamoe")
+    command = _add_command(commands, "text", "any files, taken end to end")
+    command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="training text, or all of it")
+    command.add_argument("--valid", nargs="+", type=Path, default=[], metavar="PATH", help="validation text")
+    command.add_argument("--test", nargs="+", type=Path, default=[], metavar="PATH", help="test text")
+    command.add_argument(
+        "--splits",
+        type=_fractions,
+        default="0.9,0.05,0.05",
+        metavar="A,B,C",
+        help="shares of train, valid and test where no files are given for them (default: %(default)s)",
+    )
+    command.add_argument("--name", help="name of the corpus in figures (default: the name of the first file)")
+    command = commands.add_parser("verify", help="compare a prepared folder with the hashes in its manifest")
+    command.add_argument("folder", type=Path)
+    return parser
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", dataset: str, summary: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(dataset, help=summary, description=summary)
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    choices = TOKENIZER_CHOICES[dataset]
+    command.add_argument(
+        "--tokenizer",
+        choices=choices,
+        default=choices[0],
+        help="unit of text; docs/data.md explains them (default: %(default)s)",
+    )
+    if "sentencepiece" in choices:
+        command.add_argument(
+            "--vocab-size",
+            type=int,
+            default=SUBWORDS,
+            metavar="N",
+            help="subwords that sentencepiece learns (default: %(default)s)",
+        )
+    return command
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        train, valid, test = (float(share) for share in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give three shares such as 0.9,0.05,0.05") from None
+    return train, valid, test
+
+
+def _prepare(args: argparse.Namespace) -> Manifest:
+    kind = choose_tokenizer(args.command, args.tokenizer, "--tokenizer")
+    return prepare(_open(args, kind), args.output, kind, getattr(args, "vocab_size", SUBWORDS))
+
+
+def _open(args: argparse.Namespace, kind: str) -> RawText:
+    if args.command == "text":
+        return open_text(
+            args.paths,
+            args.name or args.paths[0].name,
+            valid=args.valid,
+            test=args.test,
+            fractions=args.splits,
+            by_lines=kind != "bytes",
+            track=_show_progress,
+        )
+    if getattr(args, "sample", False):
+        if args.paths:
+            raise ConfigError(f"--sample: reads the bundled text, so leave out {args.paths[0]}")
+        return replace(bundled_text(args.command), track=_show_progress)
+    return open_dataset(DATASETS[args.command], args.paths, _show_progress)
+
+
+def _show_progress(purpose: str, n_bytes: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """A bar on a terminal, one line elsewhere."""
+    if not sys.stderr.isatty():
+        print(f"{purpose} ({n_bytes:,} bytes)", file=sys.stderr, flush=True)
+        yield from blocks
+        return
+    with tqdm(desc=purpose, total=n_bytes, unit="B", unit_scale=True) as bar:
+        for block in blocks:
+            yield block
+            bar.update(len(block))
+
+
+def _describe(manifest: Manifest) -> None:
+    print(f"{manifest.name}: vocabulary {manifest.vocab_size:,}, {manifest.dtype}")
+    for split, tokens in manifest.splits.items():
+        print(f"  {split:5}  {tokens.n_tokens:>13,} {manifest.unit}s")
+    if manifest.note:
+        print(f"  {manifest.note}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
