@@ -52,8 +52,8 @@ class DataConfig:
     )
     tokenizer: Literal["auto", "bytes", "reference_symbols", "words", "sentencepiece"] = option(
         "auto",
-        "unit of text; auto: bytes for enwik8 and text8, words for WikiText, else what the folder"
-        " holds. reference_symbols drops newline bytes as the published enwik8 loader does",
+        "unit of text; auto: what the prepared folder holds; of bundled text bytes, or words of WikiText."
+        " reference_symbols drops newline bytes as the published enwik8 loader does",
     )
 
 
