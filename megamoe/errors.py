@@ -19,3 +19,7 @@ class CheckpointError(MegaMoEError):
 
 class DistributedError(MegaMoEError):
     """The launch environment or the process groups cannot run this configuration."""
+
+
+class DivergenceError(MegaMoEError):
+    """Training no longer learns: gradients are not finite, or the loss jumped."""

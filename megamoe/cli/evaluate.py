@@ -1,0 +1,42 @@
+"""``megamoe evaluate``."""
+
+import argparse
+import json
+
+from megamoe.cli.train import add_local_rank
+
+SUMMARY = "score a checkpoint on held-out text, at any number of active experts"
+EXAMPLES = """\
+  megamoe evaluate runs/first/best
+  megamoe evaluate runs/first/best --split valid evaluation.top_ks=2,16
+  megamoe evaluate runs/first/best data.path=data/enwik8 evaluation.memory_len=2048
+  torchrun --nproc_per_node 4 --module megamoe evaluate runs/first/best
+
+Text and protocol are those of the run; data.* and evaluation.* options change them. Computes in fp32."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.usage = f"{parser.prog} CHECKPOINT [options] [data.option=value evaluation.option=value ...]"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best/, step-*/ or a run folder")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="default: test")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_local_rank(parser)
+    parser.set_defaults(takes_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and print."""
+    from rich.console import Console
+
+    from megamoe.parallel.launch import read_launch
+    from megamoe.training.report import figures_table
+    from megamoe.training.scoring import score
+
+    launch = read_launch()
+    config, evaluation = score(args.checkpoint, args.split, args.overrides, launch)
+    if launch.rank == 0 and args.json:
+        print(json.dumps(evaluation.to_dict(), indent=2))
+    elif launch.rank == 0:
+        Console().print(figures_table(evaluation, n_experts=config.moe.n_experts, top_k=config.moe.top_k))
+    return 0

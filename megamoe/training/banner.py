@@ -1,0 +1,139 @@
+"""What a run shows before its first step: every quantity that follows from its settings."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from torch import nn
+
+from megamoe.parallel.placement import global_shapes, saved_buffers
+from megamoe.training.evaluation import NO_EXPERTS, evaluation_span, top_ks_to_score
+
+if TYPE_CHECKING:
+    from megamoe.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of the whole model, over all ranks.
+
+    Attributes:
+        trainable: moved by the optimizer.
+        frozen: held still: frozen parameters, and buffers that a checkpoint keeps (hypernetworks).
+        experts: of the trainable ones, those inside experts.
+    """
+
+    trainable: int
+    frozen: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """Trainable and frozen."""
+        return self.trainable + self.frozen
+
+    def active(self, top_k: int, n_experts: int) -> int:
+        """Trainable parameters that one token meets when `top_k` of `n_experts` experts are active."""
+        return self.trainable - self.experts + self.experts * top_k // n_experts
+
+
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Count the model that `model` is this rank's part of."""
+    shapes = global_shapes(model)
+    trainable = frozen = experts = 0
+    for name, parameter in model.named_parameters():
+        size = math.prod(shapes[name])
+        trainable += size if parameter.requires_grad else 0
+        frozen += 0 if parameter.requires_grad else size
+        experts += size if ".experts." in name else 0
+    frozen += sum(buffer.numel() for buffer in saved_buffers(model).values())
+    return ParameterCounts(trainable, frozen, experts)
+
+
+def banner(trainer: "Trainer") -> Table:
+    """A table of names and values."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    for name, value in _rows(trainer).items():
+        table.add_row(name, value)
+    return table
+
+
+def _rows(trainer: "Trainer") -> dict[str, str]:
+    run, layout, corpus = trainer.run, trainer.engine.layout, trainer.corpus
+    sizes = ", ".join(f"{split} {len(tokens):,}" for split, tokens in corpus.tokens.items())
+    start = f"resuming at step {trainer.step:,}" if trainer.step else "from scratch"
+    span = evaluation_span(run)
+    top_ks = top_ks_to_score(run, run.evaluation.top_ks)
+    return {
+        "run": f"{trainer.folder.root}  ({start}, {run.training.max_steps:,} steps)",
+        "corpus": f"{corpus.name}  ({corpus.unit}s: {sizes}; vocabulary {corpus.vocab_size:,})",
+        "model": _model_row(trainer),
+        "parameters": _parameter_row(trainer),
+        "routing": _routing_row(trainer),
+        "layout": _layout_row(trainer),
+        "precision": f"{str(layout.dtype).removeprefix('torch.')}, ZeRO stage {layout.zero_stage}",
+        "batch": _batch_row(trainer),
+        "learning rate": (
+            f"{run.optimizer.name}, {run.optimizer.schedule}, peak {run.optimizer.lr:g},"
+            f" warm-up {run.optimizer.warmup_steps} steps, clip {run.training.grad_clip:g}"
+        ),
+        "evaluation": (
+            f"{run.evaluation.batch_size} streams x {run.evaluation.segment_len} tokens,"
+            f" memory {span.memory_len}"
+            + ("" if top_ks == (NO_EXPERTS,) else f", test at k = {_list(top_ks)}")
+        ),
+    }
+
+
+def _model_row(trainer: "Trainer") -> str:
+    model = trainer.run.model
+    norm = "pre-norm" if model.pre_norm else "post-norm"
+    return (
+        f"Transformer-XL, {model.n_layers} layers x {model.d_model},"
+        f" {model.n_heads} heads x {model.d_head}, {norm},"
+        f" segment {model.segment_len}, memory {model.memory_len}"
+    )
+
+
+def _parameter_row(trainer: "Trainer") -> str:
+    moe, counts = trainer.run.moe, count_parameters(trainer.engine.model)
+    text = f"{counts.total:,} in all: {counts.trainable:,} trainable, {counts.frozen:,} frozen"
+    if counts.experts:
+        text += f"; {counts.active(moe.top_k, moe.n_experts):,} active at k = {moe.top_k}"
+    return text
+
+
+def _routing_row(trainer: "Trainer") -> str:
+    moe, layers = trainer.run.moe, trainer.run.moe.layer_indices(trainer.run.model.n_layers)
+    if not layers:
+        return "no layer has experts"
+    schedule = moe.schedule
+    k = f"k = {moe.top_k}"
+    if schedule.mode != "constant":
+        k = f"k from {schedule.mode} over {schedule.min_k}..{schedule.max_k}, {moe.top_k} at evaluation"
+    return f"{moe.router.name}, {moe.n_experts} experts x {moe.d_expert} in layers {_list(layers)}, {k}"
+
+
+def _layout_row(trainer: "Trainer") -> str:
+    world, ep_size = trainer.world, trainer.engine.layout.ep_size
+    text = f"{world.world_size} data-parallel rank{'s' * (world.world_size > 1)} on {world.device.type}"
+    if trainer.run.moe.layer_indices(trainer.run.model.n_layers):
+        local = trainer.run.moe.n_experts // ep_size
+        text += f", expert-parallel size {ep_size} ({local} experts of a layer on each rank)"
+    return text
+
+
+def _batch_row(trainer: "Trainer") -> str:
+    training, layout = trainer.run.training, trainer.engine.layout
+    return (
+        f"{training.batch_size} streams = {layout.micro_batch_size} per forward pass x {layout.accumulation}"
+        f" accumulated x {layout.world_size} ranks;"
+        f" {training.batch_size * trainer.run.model.segment_len:,} tokens per step"
+    )
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,117 @@
+"""What a person watching the run sees: a progress bar on a terminal, aligned lines elsewhere."""
+
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+
+from megamoe.training.banner import banner
+from megamoe.training.callbacks.callback import Callback
+from megamoe.training.evaluation import Evaluation
+from megamoe.training.report import figures_table, format_figure
+
+if TYPE_CHECKING:
+    from megamoe.training.trainer import Trainer
+
+LOG_WIDTH = 120
+
+
+class ConsoleCallback(Callback):
+    """Shows the banner, progress, evaluations and the end of a run; `log` gets the same as plain lines."""
+
+    def __init__(self, log: Path, terminal: Console | None = None) -> None:
+        self.log = log
+        self.terminal = terminal or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: "Trainer") -> None:
+        """Show every derived quantity, then the bar."""
+        self.show(banner(trainer))
+        if self.terminal.is_terminal:
+            self._bar = Progress(
+                BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.description}"), console=self.terminal,
+            )  # fmt: skip
+            self._bar.add_task("starting", total=trainer.run.training.max_steps, completed=trainer.step)
+            self._bar.start()
+
+    def on_log(self, trainer: "Trainer", metrics: dict[str, Any]) -> None:
+        """Move the bar, or write a line."""
+        line = _progress(trainer, metrics)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=trainer.step, description=line)
+        self.show(f"{_step(trainer)} | {line}", only_log=self._bar is not None)
+
+    def on_evaluation(self, trainer: "Trainer", evaluation: Evaluation) -> None:
+        """Write the figures at each k: validation as a line, test as a table."""
+        if evaluation.split == "test":
+            self._stop()
+            moe = trainer.run.moe
+            self.show("")
+            self.show(figures_table(evaluation, n_experts=moe.n_experts, top_k=moe.top_k))
+            return
+        figures = ", ".join(
+            format_figure(evaluation.figure(k), evaluation.metric) + (f" at k = {k}" if k else "")
+            for k in evaluation.nats
+        )
+        best = " (best so far)" if trainer.best_step == trainer.step else ""
+        self.show(f"{_step(trainer)} | validation: {figures}{best}")
+
+    def on_checkpoint(self, trainer: "Trainer", folder: Path) -> None:
+        """Note it in the log alone."""
+        self.show(f"{_step(trainer)} | saved {folder}", only_log=True)
+
+    def on_error(self, trainer: "Trainer", error: BaseException) -> None:
+        """Free the terminal and say what is left; the error itself is told by whoever catches it."""
+        self._stop()
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
+        self.show(f"{_step(trainer)} | {error or reason}", only_log=True)
+        if trainer.last_checkpoint is not None:
+            what = f"last checkpoint: {trainer.last_checkpoint}; the same command goes on from there"
+        else:
+            what = "no checkpoint was written yet"
+        self.show(f"{_step(trainer)} | {reason}; {what}")
+
+    def show(self, what: RenderableType, *, only_log: bool = False) -> None:
+        """Print to the terminal and, as plain text, into the log."""
+        if not only_log:
+            self.terminal.print(what, highlight=False, soft_wrap=isinstance(what, str))
+        text = io.StringIO()
+        Console(file=text, width=LOG_WIDTH).print(what, highlight=False, soft_wrap=isinstance(what, str))
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(text.getvalue())
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _step(trainer: "Trainer") -> str:
+    total = trainer.run.training.max_steps
+    return f"step {trainer.step:>{len(str(total))}}/{total}"
+
+
+def _progress(trainer: "Trainer", metrics: dict[str, Any]) -> str:
+    metric, norm = trainer.corpus.metric, metrics["train/grad_norm"]
+    parts = [
+        f"{format_figure(metrics[f'train/{metric}'], metric):>11}",
+        f"lr {metrics['train/lr']:.2e}",
+        f"{metrics['train/tokens_per_second'] / 1000:6.1f}k tok/s",
+    ]
+    if norm is not None:
+        parts.insert(2, f"grad {norm:6.3f}")
+    if "routing/max_over_mean" in metrics:
+        parts += [f"k {metrics['train/top_k']:>2}", f"load {metrics['routing/max_over_mean']:.2f}x"]
+    if metrics["train/skipped_steps"]:
+        parts.append(f"skipped {metrics['train/skipped_steps']}")
+    return " | ".join([*parts, f"ETA {_clock(metrics['time/eta_seconds'])}"])
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,60 @@
+"""Routing health of each mixture layer on every log line."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megamoe.data.stream import TokenStream
+from megamoe.moe.health import Churn, routing_health
+from megamoe.training.callbacks.callback import Callback, StepRecord
+
+if TYPE_CHECKING:
+    from megamoe.training.trainer import Trainer
+
+
+class HealthCallback(Callback):
+    """Adds ``routing/layer_3/max_over_mean`` and so on; belongs on every rank.
+
+    Loads are those of the step's last micro-batch over all ranks. Churn is that of a fixed probe, the
+    first segment of one validation stream per rank, routed in evaluation mode at each log line.
+    """
+
+    def __init__(self) -> None:
+        self._churn = Churn()
+        self._probe_BS: torch.Tensor | None = None
+
+    def on_train_start(self, trainer: "Trainer") -> None:
+        """Cut the probe."""
+        world = trainer.world
+        stream = TokenStream(
+            trainer.corpus.tokens["valid"],
+            batch_size=world.world_size,
+            segment_len=trainer.run.evaluation.segment_len,
+            rows=range(world.rank, world.rank + 1),
+        )
+        self._probe_BS = stream.batch(0).input_ids_BS.to(world.device)
+
+    def measure(self, trainer: "Trainer", record: StepRecord) -> dict[str, Any]:
+        """Health by layer, and the worst balance of any layer as ``routing/max_over_mean``."""
+        if not record.routings:
+            return {}
+        moe = trainer.run.moe
+        layers = routing_health(record.routings, moe.n_experts, trainer.world.sum)
+        churn = self._look_at_probe(trainer)
+        figures: dict[str, Any] = {"routing/max_over_mean": max(layer.max_over_mean for layer in layers)}
+        indices = moe.layer_indices(trainer.run.model.n_layers)
+        for place, (index, layer) in enumerate(zip(indices, layers, strict=True)):
+            values = asdict(layer) | {"churn": churn[place] if churn else None}
+            figures |= {f"routing/layer_{index}/{name}": value for name, value in values.items()}
+        return figures
+
+    @torch.no_grad()
+    def _look_at_probe(self, trainer: "Trainer") -> list[float] | None:
+        engine = trainer.engine
+        engine.eval()
+        try:
+            routings = engine.forward(self._probe_BS, step=trainer.step).routings
+        finally:
+            engine.train()
+        return self._churn.look(routings, trainer.world.mean)

@@ -1,0 +1,43 @@
+"""What stays of a finished run: results.json, the image, and where everything is."""
+
+from typing import TYPE_CHECKING
+
+from megamoe.training.callbacks.callback import Callback
+from megamoe.training.callbacks.console import ConsoleCallback
+from megamoe.training.evaluation import Evaluation
+from megamoe.training.plots import plot_run
+from megamoe.training.run_folder import write_json
+
+if TYPE_CHECKING:
+    from megamoe.training.trainer import Trainer
+
+
+class ResultsCallback(Callback):
+    """Writes results.json and plots/curves.png at the end. Place it after the metrics file's callback."""
+
+    def __init__(self, console: ConsoleCallback) -> None:
+        self.console = console
+
+    def on_evaluation(self, trainer: "Trainer", evaluation: Evaluation) -> None:
+        """Keep the test figures."""
+        if evaluation.split == "test":
+            write_json(
+                trainer.folder.results,
+                {"run": trainer.run.name, "steps": trainer.step, "best_step": trainer.best_step}
+                | evaluation.to_dict(),
+            )
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """Draw, and say where everything is and what to do next."""
+        folder, corpus = trainer.folder, trainer.corpus
+        image = plot_run(
+            folder.metrics, folder.plots / "curves.png",
+            title=f"{trainer.run.name} on {corpus.name}", metric=corpus.metric,
+        )  # fmt: skip
+        self.console.show(
+            f"\nweights with the lowest validation loss  {folder.best}\n"
+            f"figures and curves                       {folder.results}, {image}\n"
+            f"everything that was measured             {folder.metrics}\n\n"
+            f"next: megamoe evaluate {folder.best}          score it again, at any k\n"
+            f"      tensorboard --logdir {folder.tensorboard}"
+        )

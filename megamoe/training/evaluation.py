@@ -1,0 +1,215 @@
+"""Held-out text scored at every number of active experts, on any number of ranks."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megamoe.config.schema import RunConfig
+from megamoe.data.corpus import Corpus
+from megamoe.data.stream import TokenStream
+from megamoe.errors import ConfigError
+from megamoe.models.attention import AttentionSpan
+from megamoe.models.transformer_xl import ModelOutput
+from megamoe.parallel.launch import World
+
+NO_EXPERTS = 0
+"""The k under which a model without mixture layers files its one figure."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one split at each k.
+
+    Attributes:
+        corpus: honest name of the text, which goes with every figure.
+        split: "valid" or "test".
+        metric: unit the corpus is reported in, "bpc" or "ppl".
+        tokens: predictions behind each figure.
+        nats: mean loss per token by k, in nats.
+        words_per_token: for subwords, words of the split per token; None otherwise.
+    """
+
+    corpus: str
+    split: str
+    metric: str
+    tokens: int
+    nats: dict[int, float]
+    words_per_token: float | None = None
+
+    @property
+    def largest_k(self) -> int:
+        """The k whose validation figure decides which checkpoint is best."""
+        return max(self.nats)
+
+    def figure(self, top_k: int) -> float:
+        """The loss at `top_k` in the corpus' own metric."""
+        return in_metric(self.nats[top_k], self.metric)
+
+    def word_perplexity(self, top_k: int) -> float | None:
+        """exp of the nats per word, for subwords: comparable between tokenizers; None for other units."""
+        if self.words_per_token is None:
+            return None
+        return _exp(self.nats[top_k] / self.words_per_token)
+
+    def metrics(self) -> dict[str, float]:
+        """Named ``split/loss_k4``, ``split/bpc_k4``, for metrics.jsonl."""
+        result: dict[str, float] = {}
+        for top_k, nats in self.nats.items():
+            suffix = f"_k{top_k}" if top_k != NO_EXPERTS else ""
+            result[f"{self.split}/loss{suffix}"] = nats
+            result[f"{self.split}/{self.metric}{suffix}"] = self.figure(top_k)
+            per_word = self.word_perplexity(top_k)
+            if per_word is not None:
+                result[f"{self.split}/word_ppl{suffix}"] = per_word
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """For results.json: everything needed to quote the figures."""
+        return {
+            "corpus": self.corpus,
+            "split": self.split,
+            "metric": self.metric,
+            "tokens": self.tokens,
+            "words_per_token": self.words_per_token,
+            "loss_by_k": {str(k): nats for k, nats in self.nats.items()},
+            f"{self.metric}_by_k": {str(k): self.figure(k) for k in self.nats},
+        }
+
+
+def in_metric(nats: float, metric: str) -> float:
+    """A loss of `nats` per token as bits per symbol ("bpc") or perplexity ("ppl")."""
+    return nats / math.log(2) if metric == "bpc" else _exp(nats)
+
+
+def top_ks_to_score(run: RunConfig, wanted: Iterable[int]) -> tuple[int, ...]:
+    """The k among `wanted` that this model can run, rising; (NO_EXPERTS,) if it has no mixture layers.
+
+    Raises:
+        ConfigError: every wanted k is above the number of experts.
+    """
+    if not run.moe.layer_indices(run.model.n_layers):
+        return (NO_EXPERTS,)
+    wanted = tuple(wanted)
+    kept = tuple(sorted({k for k in wanted if k <= run.moe.n_experts}))
+    if not kept:
+        raise ConfigError(f"evaluation.top_ks = {wanted}: name a k up to moe.n_experts = {run.moe.n_experts}")
+    return kept
+
+
+def evaluation_span(run: RunConfig) -> AttentionSpan:
+    """What attention sees at evaluation; `evaluation.memory_len = auto` keeps the span of training."""
+    memory_len = run.evaluation.memory_len
+    if memory_len == "auto":
+        memory_len = run.model.memory_len + run.model.segment_len - run.evaluation.segment_len
+    return AttentionSpan(
+        memory_len=max(0, memory_len),
+        same_length=run.evaluation.same_length,
+        clamp_len=run.evaluation.clamp_len,
+    )
+
+
+def evaluate(
+    model: Callable[..., ModelOutput],
+    corpus: Corpus,
+    split: str,
+    top_ks: Iterable[int],
+    run: RunConfig,
+    world: World,
+    *,
+    step: int = 0,
+    max_tokens: int = 0,
+) -> Evaluation:
+    """Score `split` by the published protocol: contiguous streams with memory, each token weighing the same.
+
+    Every rank calls this and gets the same result. Each runs the same number of forward passes on the
+    same number of rows; where rows do not divide, some ranks score copies with weight 0.
+
+    Args:
+        model: in evaluation mode; a `TransformerXL` or an engine's ``forward``.
+        corpus: the text.
+        split: "valid" or "test".
+        top_ks: numbers of active experts to score at.
+        run: for the shapes of training, which the default memory depends on, and `run.evaluation`.
+        world: the ranks that share the rows.
+        step: optimizer steps behind the model.
+        max_tokens: score at most about this many tokens (whole segments, at least one); 0 scores all.
+    """
+    rows = _Rows.of_rank(run.evaluation.batch_size, world.rank, world.world_size)
+    stream = TokenStream(
+        corpus.tokens[split],
+        batch_size=run.evaluation.batch_size,
+        segment_len=run.evaluation.segment_len,
+        rows=rows.read,
+    )
+    n_segments = stream.n_segments
+    if max_tokens:
+        per_segment = run.evaluation.batch_size * run.evaluation.segment_len
+        n_segments = min(n_segments, max(1, max_tokens // per_segment))
+    nats, tokens = {}, 0
+    for top_k in top_ks:
+        total, n_predictions = _total_loss(
+            model, stream, n_segments, rows, world.device,
+            top_k=None if top_k == NO_EXPERTS else top_k, step=step, span=evaluation_span(run),
+        )  # fmt: skip
+        tokens = n_predictions * run.evaluation.batch_size
+        nats[top_k] = float(world.sum(total)) / tokens
+    words = corpus.words_per_token[split] if corpus.words_per_token else None
+    return Evaluation(corpus.name, split, corpus.metric, tokens, nats, words)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's share of the evaluation rows.
+
+    Attributes:
+        read: rows to read, never none.
+        index: which of the read rows fills each place of the batch, [B].
+        weights_B: 1 where the place is this rank's to score, 0 where it is a filler.
+    """
+
+    read: range
+    index: list[int]
+    weights_B: torch.Tensor
+
+    @classmethod
+    def of_rank(cls, n_rows: int, rank: int, world_size: int) -> "_Rows":
+        n_places = -(-n_rows // world_size)
+        places = range(rank * n_places, (rank + 1) * n_places)
+        clamped = [min(place, n_rows - 1) for place in places]
+        weights_B = torch.tensor([float(place < n_rows) for place in places], dtype=torch.float64)
+        return cls(range(clamped[0], clamped[-1] + 1), [row - clamped[0] for row in clamped], weights_B)
+
+
+@torch.no_grad()
+def _total_loss(
+    model: Callable[..., ModelOutput],
+    stream: TokenStream,
+    n_segments: int,
+    rows: _Rows,
+    device: torch.device,
+    *,
+    top_k: int | None,
+    step: int,
+    span: AttentionSpan,
+) -> tuple[torch.Tensor, int]:
+    """This rank's sum of token losses (float64 scalar), and the predictions made in one row."""
+    weights_B = rows.weights_B.to(device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    memory, n_predictions = None, 0
+    for segment in range(n_segments):
+        batch = stream.batch(segment)
+        input_ids_BS = batch.input_ids_BS[rows.index].to(device)
+        targets_BS = batch.targets_BS[rows.index].to(device)
+        output = model(input_ids_BS, targets_BS, memory, top_k=top_k, step=step, span=span)
+        memory = output.memory
+        assert output.loss_BS is not None
+        total += output.loss_BS.double().sum(dim=1) @ weights_B
+        n_predictions += targets_BS.shape[1]
+    return total, n_predictions
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,179 @@
+"""From a config to a finished run: everything is checked, then the run folder is made, then it trains."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from megamoe.checkpoint.format import step_folders
+from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
+from megamoe.config.schema import RunConfig
+from megamoe.data.corpus import Corpus, load_corpus
+from megamoe.data.stream import TokenStream
+from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError
+from megamoe.moe.losses import auxiliary_loss
+from megamoe.moe.routers import resolve_options
+from megamoe.parallel.device import Device
+from megamoe.parallel.ds_config import resolve_ds_config
+from megamoe.parallel.launch import Launch, World, start
+from megamoe.training.callbacks import build_callbacks
+from megamoe.training.environment import describe_environment
+from megamoe.training.evaluation import top_ks_to_score
+from megamoe.training.run_folder import RunFolder, write_json
+from megamoe.training.trainer import Trainer
+
+T = TypeVar("T")
+
+
+def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
+    """Train `run` in its run folder, or go on with it; every process of the launch calls this.
+
+    Args:
+        run: with a name.
+        ds: DeepSpeed config, in which "auto" is resolved.
+        launch: who this process is.
+
+    Raises:
+        DivergenceError: training was stopped by its guard.
+        MegaMoEError: something does not fit. Nothing has been written then.
+    """
+    ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
+    resolve_options(run.moe.router)
+    top_ks_to_score(run, run.evaluation.top_ks)
+    folder = RunFolder.of(run)
+    with joined(launch) as world:
+        corpus = agree(world, lambda: load_checked_corpus(run))
+        run = with_vocabulary(run, corpus)
+        callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
+        checkpoint = _checkpoint_to_resume(run, folder, world)
+        trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
+        if checkpoint is not None:
+            reader = agree(world, lambda: CheckpointReader(checkpoint))
+            require_same_tokens(reader, corpus)
+            trainer.resume(reader)
+        _rehearse(trainer)
+        agree(world, lambda: _make_folder(run, ds_config, folder) if world.is_main else None)
+        trainer.train()
+
+
+@contextmanager
+def joined(launch: Launch) -> Iterator[World]:
+    """The process group of a launch, which is left at the end and on errors that every rank meets.
+
+    After any other error the process just ends, and its launcher ends the others: leaving the group in
+    order would wait for ranks that wait for this one.
+    """
+    world = start(launch)
+    try:
+        yield world
+    except MegaMoEError:
+        world.shutdown()
+        raise
+    world.shutdown()
+
+
+def agree(world: World, action: Callable[[], T]) -> T:
+    """`action` on every rank, without communication in it; refused by one, it is refused by all.
+
+    Raises:
+        MegaMoEError: that of the first rank that raised one, on all ranks.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except MegaMoEError as error:
+        problem = error
+    for found in world.gather_objects(problem):
+        if found is not None:
+            raise found
+    return result  # type: ignore[return-value]
+
+
+def with_vocabulary(run: RunConfig, corpus: Corpus) -> RunConfig:
+    """`run` with `model.vocab_size` taken from the data, or checked against it.
+
+    Raises:
+        ConfigError: the vocabulary given is not that of the data, or contradicts the cut-offs.
+    """
+    given, found = run.model.vocab_size, corpus.vocab_size
+    if given not in (0, found):
+        raise ConfigError(f"model.vocab_size = {given}: {corpus.name} has {found} symbols; give 0 or {found}")
+    return replace(run, model=replace(run.model, vocab_size=found))
+
+
+def load_checked_corpus(run: RunConfig) -> Corpus:
+    """The corpus, long enough in each split to be read as the run wants to."""
+    corpus = load_corpus(run.data)
+    for split, tokens in corpus.tokens.items():
+        section = "training" if split == "train" else "evaluation"
+        batch_size = getattr(run, section).batch_size
+        try:
+            TokenStream(tokens, batch_size=batch_size, segment_len=1)
+        except DataError as error:
+            raise DataError(f"{section}.{error} ({split} split of {corpus.name})") from None
+    return corpus
+
+
+def require_same_tokens(reader: CheckpointReader, corpus: Corpus) -> None:
+    """Refuse a checkpoint whose token ids mean something else than those of `corpus`.
+
+    Raises:
+        CheckpointError: it was trained on text that was tokenized in another way.
+    """
+    if reader.state.tokenizer != json.loads(json.dumps(corpus.tokenizer.to_dict())):
+        raise CheckpointError(
+            f"data: checkpoint {str(reader.folder)!r} was trained on {reader.state.corpus.get('name')}, whose"
+            f" tokens are not those of {corpus.name}; set data.* as it had"
+        )
+
+
+def _checkpoint_to_resume(run: RunConfig, folder: RunFolder, world: World) -> Path | None:
+    """What rank 0 finds, on all ranks: looking twice while files appear could give two answers."""
+    return world.gather_objects(
+        agree(world, lambda: _find_checkpoint(run, folder) if world.is_main else None)
+    )[0]
+
+
+def _find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
+    resume = run.checkpoint.resume
+    if resume not in ("auto", "never"):
+        return locate(resume)
+    started = bool(step_folders(folder.checkpoints))
+    if resume == "never":
+        if started:
+            raise ConfigError(
+                f"checkpoint.resume = 'never': {folder.root} holds a run; give another name, or remove it"
+            )
+        return None
+    found = find_latest(folder.root)
+    if started and found is None:
+        raise CheckpointError(
+            f"checkpoint.resume = 'auto': no checkpoint in {folder.checkpoints} is complete; remove them to"
+            " start over"
+        )
+    return found
+
+
+def _rehearse(trainer: Trainer) -> None:
+    """Route two tokens, so that what only a forward pass can refuse is refused before anything is written."""
+    engine = trainer.engine
+    engine.eval()
+    with torch.no_grad():
+        output = engine.forward(torch.zeros(1, 2, dtype=torch.int64, device=engine.device), step=trainer.step)
+        auxiliary_loss(output.routings, trainer.run.moe, trainer.world.mean)
+    engine.train()
+
+
+def _make_folder(run: RunConfig, ds_config: Mapping[str, Any], folder: RunFolder) -> None:
+    config = run.to_dict()
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        write_json(folder.config, config)
+        write_json(folder.ds_config, ds_config)
+        write_json(folder.environment, describe_environment(config))
+    except OSError as error:
+        raise ConfigError(f"output_dir = {run.output_dir!r}: cannot be written ({error})") from None

@@ -1,0 +1,250 @@
+"""The loop: batches through the engine, and callbacks told of it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamoe.checkpoint.format import step_folder
+from megamoe.checkpoint.reader import CheckpointReader
+from megamoe.checkpoint.restore import read_memory, restore_checkpoint
+from megamoe.checkpoint.state import TrainingState
+from megamoe.checkpoint.writer import memory_slices, save_checkpoint
+from megamoe.config.schema import RunConfig
+from megamoe.data.corpus import Corpus
+from megamoe.data.stream import TokenStream
+from megamoe.moe.initialization import generator
+from megamoe.moe.losses import auxiliary_loss
+from megamoe.moe.routing import Routing
+from megamoe.moe.schedules import top_k_at
+from megamoe.parallel.engine import Engine
+from megamoe.parallel.launch import World
+from megamoe.training.callbacks.callback import Callback, StepRecord
+from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
+from megamoe.training.guard import Guard
+from megamoe.training.learning_rate import Plateau, learning_rate
+from megamoe.training.run_folder import RunFolder
+from megamoe.training.window import Window
+
+Memory = tuple[torch.Tensor, ...]
+
+
+class Trainer:
+    """Trains the model of `run` on `corpus`; every rank of `world` has one and they move in step.
+
+    Batch, number of experts, learning rate and random numbers of a step are functions of the step, so a
+    resumed run repeats the uncut one.
+
+    Args:
+        run: with name and vocabulary resolved.
+        ds_config: from `resolve_ds_config`.
+        world: the ranks.
+        corpus: the text.
+        folder: where checkpoints go.
+        callbacks: in the order in which they are told. Those that communicate must be on every rank.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens trained on.
+        best_figure: lowest validation figure so far, in the corpus' metric, at the largest k that is scored.
+        best_step: the step of it.
+        last_checkpoint: newest complete checkpoint of this process.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        ds_config: Mapping[str, Any],
+        world: World,
+        corpus: Corpus,
+        folder: RunFolder,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.run, self.world, self.corpus, self.folder = run, world, corpus, folder
+        self.callbacks = list(callbacks)
+        self.engine = Engine(run, ds_config, world, corpus.vocab_size)
+        self.stream = TokenStream(
+            corpus.tokens["train"],
+            batch_size=run.training.batch_size,
+            segment_len=run.model.segment_len,
+            rows=self.engine.rows,
+        )
+        self.memories: list[Memory | None] = [None] * self.engine.micro_batches
+        self.plateau = Plateau()
+        self.step = self.tokens = 0
+        self.best_figure: float | None = None
+        self.best_step: int | None = None
+        self.last_checkpoint: Path | None = None
+        self._guard = Guard(run, world)
+        self._window = Window()
+
+    def train(self) -> None:
+        """Run from the present step to the last, then score the test split with the best weights."""
+        try:
+            self._tell("on_train_start")
+            while self.step < self.run.training.max_steps:
+                self._advance()
+            self._score_test()
+            self._tell("on_train_end")
+        except BaseException as error:
+            self._tell("on_error", error)
+            raise
+
+    def _advance(self) -> None:
+        begin = time.perf_counter()
+        record = self._train_step()
+        self._window.add(record, time.perf_counter() - begin)
+        self._guard.check(record)
+        if self.is_due(self.run.logging.every):
+            self._log(record)
+        if self.is_due(self.run.evaluation.every):
+            self._validate()
+        self._tell("on_step_end", record)
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: at the end alone) is due after this step."""
+        return self.step == self.run.training.max_steps or (every > 0 and self.step % every == 0)
+
+    def _train_step(self) -> StepRecord:
+        """One optimizer step: forward and backward passes of all micro-batches, then the update."""
+        run, engine = self.run, self.engine
+        top_k = top_k_at(run.moe.schedule, run.moe.top_k, self.step, run.training.max_steps)
+        lr = learning_rate(run.optimizer, self.step, run.training.max_steps, self.plateau)
+        engine.set_learning_rate(lr)
+        batch = self.stream.batch(self.step)
+        if batch.starts_epoch:
+            self.memories = [None] * engine.micro_batches
+        losses, auxiliaries = [], []
+        routings: tuple[Routing, ...] = ()
+        micro_batches = zip(
+            batch.input_ids_BS.chunk(engine.micro_batches),
+            batch.targets_BS.chunk(engine.micro_batches),
+            strict=True,
+        )
+        for index, (input_ids_BS, targets_BS) in enumerate(micro_batches):
+            self._seed_dropout(index)
+            output = engine.forward(
+                input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
+                top_k=top_k, step=self.step,
+            )  # fmt: skip
+            assert output.loss_BS is not None
+            loss = output.loss_BS.mean()
+            weighted, auxiliary = auxiliary_loss(output.routings, run.moe, self.world.mean)
+            engine.backward(loss + weighted)
+            self.memories[index] = output.memory
+            losses.append(loss.detach())
+            auxiliaries.append(auxiliary)
+            routings = output.routings
+        result = engine.step()
+        self.step += 1
+        n_tokens = run.training.batch_size * batch.targets_BS.shape[1]
+        self.tokens += n_tokens
+        return StepRecord(
+            step=self.step, lr=lr, top_k=top_k, loss=torch.stack(losses).mean(),
+            auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
+            tokens=n_tokens, routings=routings,
+        )  # fmt: skip
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """Make dropout a function of (seed, step, micro-batch, rank), so that resuming needs no state."""
+        seed = generator(self.run.training.seed, "dropout", self.step, micro_batch, self.world.rank)
+        torch.manual_seed(seed.initial_seed())
+
+    def _log(self, record: StepRecord) -> None:
+        figures = self._window.figures(record, self.world, self.corpus.metric)
+        steps_left = self.run.training.max_steps - self.step
+        figures["time/eta_seconds"] = steps_left * figures["time/step_seconds"]
+        for callback in self.callbacks:
+            figures |= callback.measure(self, record)
+        self._window = Window()
+        self._tell("on_log", {"step": self.step, "tokens": self.tokens} | figures)
+
+    def _validate(self) -> None:
+        """Score the validation split at `moe.top_k` and at all experts; the latter decides what is best."""
+        evaluation = self._evaluate("valid", (self.run.moe.top_k, self.run.moe.n_experts),
+                                    self.run.evaluation.max_tokens)  # fmt: skip
+        self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
+        figure = evaluation.figure(evaluation.largest_k)
+        if self.best_figure is None or figure < self.best_figure:
+            self.best_figure, self.best_step = figure, self.step
+        self._tell("on_evaluation", evaluation)
+
+    def _score_test(self) -> None:
+        if self.best_step is not None:
+            reader = CheckpointReader(self.folder.best)
+            restore_checkpoint(reader, self.engine, self.world, load_optimizer=False)
+        self._tell("on_evaluation", self._evaluate("test", self.run.evaluation.top_ks))
+
+    def _evaluate(self, split: str, wanted: Sequence[int], max_tokens: int = 0) -> Evaluation:
+        self.engine.eval()
+        try:
+            return evaluate(
+                self.engine.forward, self.corpus, split, top_ks_to_score(self.run, wanted), self.run,
+                self.world, step=self.step, max_tokens=max_tokens,
+            )  # fmt: skip
+        finally:
+            self.engine.train()
+
+    def resume(self, reader: CheckpointReader) -> None:
+        """Go on where a checkpoint was saved; on all ranks, before `train`.
+
+        A checkpoint of another run folder brings everything but its best figure, whose weights are there.
+
+        Raises:
+            CheckpointError: it is of another model or another batch size.
+        """
+        state = restore_checkpoint(reader, self.engine, self.world)
+        memory = read_memory(reader, self.engine.rows, self.run.training.batch_size)
+        if memory:
+            parts = [layer.to(self.engine.device).chunk(self.engine.micro_batches) for layer in memory]
+            self.memories = list(zip(*parts, strict=True))
+        self.step, self.tokens = state.step, state.tokens_seen
+        self.plateau = Plateau(**state.schedule)
+        self.last_checkpoint = reader.folder
+        if reader.folder.resolve().is_relative_to(self.folder.root.resolve()):
+            self.best_figure, self.best_step = state.best_metric, state.best_step
+
+    def save(self) -> None:
+        """Write ``checkpoints/step-*`` for the present step."""
+        folder = self.folder.checkpoints / step_folder(self.step)
+        self._save(folder)
+        self.last_checkpoint = folder
+        self._tell("on_checkpoint", folder)
+
+    def save_best(self) -> None:
+        """Write the present weights into ``best/``."""
+        self._save(self.folder.best)
+
+    def _save(self, folder: Path) -> None:
+        memory: list[torch.Tensor] = []
+        if self.memories[0] is not None:
+            parts = [memory for memory in self.memories if memory is not None]
+            memory = [torch.cat(layer) for layer in zip(*parts, strict=True)]
+        save_checkpoint(
+            folder, self.engine, self._state(), self.world,
+            run=self.run,
+            memory=memory_slices(memory, self.engine.rows, self.run.training.batch_size),
+        )  # fmt: skip
+
+    def _state(self) -> TrainingState:
+        corpus = self.corpus
+        return TrainingState(
+            step=self.step,
+            tokens_seen=self.tokens,
+            best_metric=self.best_figure,
+            best_step=self.best_step,
+            schedule=asdict(self.plateau),
+            corpus={name: getattr(corpus, name) for name in ("name", "unit", "metric", "is_sample")},
+            tokenizer=corpus.tokenizer.to_dict(),
+        )  # fmt: skip
+
+    def _tell(self, hook: str, *what: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *what)
+
+
+def _mean_by_name(values: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([value[name] for value in values]).mean() for name in values[0]}
