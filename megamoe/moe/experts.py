@@ -110,7 +110,7 @@ def one_by_one(rows_ND: torch.Tensor, counts: list[int], weights: Weights, drop:
 
 def batched(rows_ND: torch.Tensor, counts: list[int], weights: Weights, drop: Drop) -> torch.Tensor:
     """Batched matrix products, for experts with equally many rows (as with k = E)."""
-    rows_END = rows_ND.view(len(counts), counts[0], -1)
+    rows_END = rows_ND.unflatten(0, (len(counts), counts[0]))
     hidden = torch.baddbmm(weights.b_in[:, None], rows_END, weights.w_in.mT).relu()
     return torch.baddbmm(weights.b_out[:, None], drop(hidden), weights.w_out.mT).flatten(0, 1)
 

@@ -93,7 +93,7 @@ class LayerSpec:
 class Router(nn.Module, ABC):
     """A routing policy: one subclass per file in `megamoe.moe.routers`.
 
-    A subclass declares its options as a nested frozen dataclass ``Options`` and is built as
+    A subclass declares its options, if any, as a nested frozen dataclass ``Options`` and is built as
     ``cls(spec, options)``. It draws every initial value with `LayerSpec.normal`, so that it is the
     same on every rank. It routes in fp32, is deterministic in evaluation mode, and owns nothing whose
     name contains "expert" (DeepSpeed reads that word in a name as "belongs to one expert").
@@ -102,12 +102,16 @@ class Router(nn.Module, ABC):
         summary: one line for `megamoe routers`.
         paper: where the policy was published.
         causal: False if a token's routing depends on later tokens.
+        Options: the dataclass of the policy's options, with defaults and help texts.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """No options."""
 
     summary: ClassVar[str]
     paper: ClassVar[str]
     causal: ClassVar[bool] = True
-    Options: ClassVar[type]
 
     def __init__(self, spec: LayerSpec, options: Any) -> None:
         super().__init__()

@@ -11,7 +11,6 @@ The top-k in force does not matter to this policy.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -21,23 +20,23 @@ from megamoe.moe.initialization import generator
 from megamoe.moe.routing import Router, RouterContext, Routing
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenseOptions:
-    """Options of `DenseRouter`."""
-
-    drop: float = option(0.0, "probability with which an expert sits out a training step")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise ConfigError(f"moe.router.drop = {self.drop}: give a probability in [0, 1)")
-
-
 class DenseRouter(Router):
     """All experts with weight 1, optionally without some of them in training."""
 
     summary = "every expert with weight 1, equal to one wide feed-forward network"
     paper = "Chen et al., ICLR 2023, arXiv 2303.01610 (baselines)"
-    Options: ClassVar[type] = DenseOptions
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Options of `DenseRouter`."""
+
+        drop: float = option(0.0, "probability with which an expert sits out a training step")
+
+        def __post_init__(self) -> None:
+            if not 0 <= self.drop < 1:
+                raise ConfigError(f"moe.router.drop = {self.drop}: give a probability in [0, 1)")
+
+    options: Options
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Choose all experts, or those that the mask of this step keeps."""

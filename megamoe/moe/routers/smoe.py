@@ -9,7 +9,6 @@ Paper: Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated M
 Layer", ICLR 2017, arXiv 1701.06538, without its noise.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -20,23 +19,17 @@ from megamoe.moe.precision import at_least_fp32
 from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing, top_k_softmax
 
 
-@dataclass(frozen=True, kw_only=True)
-class SMoEOptions:
-    """`SMoERouter` has no options."""
-
-
 class SMoERouter(Router):
     """Linear router with trained weight and bias."""
 
     summary = "learned linear router"
     paper = "Shazeer et al., ICLR 2017, arXiv 1701.06538"
-    Options: ClassVar[type] = SMoEOptions
     learned: ClassVar[bool] = True
 
     weight: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, spec: LayerSpec, options: SMoEOptions) -> None:
+    def __init__(self, spec: LayerSpec, options: Router.Options) -> None:
         super().__init__(spec, options)
         weight_ED = spec.normal("weight", (spec.n_experts, spec.d_model))
         for name, value in (("weight", weight_ED), ("bias", torch.zeros(spec.n_experts))):
