@@ -19,7 +19,7 @@ import numpy as np
 
 from megamoe.data.encoding import SPLITS
 from megamoe.data.sources import Fingerprint
-from megamoe.data.tokenizers import Ids, Tokenizer
+from megamoe.data.tokenizers import Ids, Tokenizer, token_dtype
 from megamoe.errors import DataError
 
 FORMAT = "megamoe tokens 1"
@@ -82,6 +82,8 @@ class Manifest:
         values: dict[str, Any] = json.loads(text)
         if values.pop("format") != FORMAT:
             raise ValueError(f"format is not {FORMAT!r}")
+        if values["dtype"] != token_dtype(values["vocab_size"]).name:
+            raise ValueError(f"dtype {values['dtype']!r} is not that of {values['vocab_size']} ids")
         values["splits"] = {split: TokenFile(**values["splits"][split]) for split in SPLITS}
         values["origin"] = [Fingerprint(**item) for item in values["origin"]]
         return cls(**values)
