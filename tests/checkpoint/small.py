@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,9 @@ from megamoe.checkpoint.shard import Slice, write_shard
 from megamoe.checkpoint.state import TrainingState
 from megamoe.checkpoint.writer import write_documents
 from megamoe.config import RunConfig
+from megamoe.models.transformer_xl import TransformerXL
+from megamoe.parallel.placement import saved_buffers
+from tests.checkpoint.runs import VOCAB_SIZE, run_config
 
 Tensors = Mapping[tuple[str, str], torch.Tensor]
 
@@ -39,7 +44,13 @@ def slices(tensors: Tensors, shard: int, n_shards: int) -> list[Slice]:
     return parts
 
 
-def write_small(folder: Path, tensors: Tensors | None = None, n_shards: int = 2, step: int = 1) -> Path:
+def write_small(
+    folder: Path,
+    tensors: Tensors | None = None,
+    n_shards: int = 2,
+    config: RunConfig | None = None,
+    **state: Any,
+) -> Path:
     """Save `tensors` in the order in which `save_checkpoint` does it."""
     tensors = some_tensors() if tensors is None else tensors
     clear_leftovers(folder.parent)
@@ -48,10 +59,27 @@ def write_small(folder: Path, tensors: Tensors | None = None, n_shards: int = 2,
         write_shard(temporary(folder) / shard_file(i, n_shards), slices(tensors, i, n_shards))
         for i in range(n_shards)
     ]
-    documents = {CONFIG: json.dumps(RunConfig().to_dict()), STATE: TrainingState(step=step).to_json()}
-    write_documents(temporary(folder), documents, shards)
+    texts = {
+        CONFIG: json.dumps((config or RunConfig()).to_dict()),
+        STATE: TrainingState(**{"step": 1} | state).to_json(),
+    }
+    write_documents(temporary(folder), texts, shards)
     publish(folder)
     return folder
+
+
+def model_of(**updates: Any) -> tuple[RunConfig, TransformerXL]:
+    """A small model and its config, see `runs.RUN`."""
+    config = run_config(**updates)
+    config = replace(config, model=replace(config.model, vocab_size=VOCAB_SIZE))
+    return config, TransformerXL(config.model, config.moe, seed=config.training.seed)
+
+
+def write_model(folder: Path, config: RunConfig, model: TransformerXL, **state: Any) -> Path:
+    """Save a model that was not trained."""
+    tensors = {("weight", name): parameter.detach() for name, parameter in model.named_parameters()}
+    tensors |= {("buffer", name): buffer for name, buffer in saved_buffers(model).items()}
+    return write_small(folder, tensors, config=config, **state)
 
 
 def write_step(parent: Path, step: int) -> Path:
