@@ -9,11 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megamoe.moe.routing import Routing, choices_per_expert
-
-
-def _of_one_rank(values: torch.Tensor) -> torch.Tensor:
-    return values
+from megamoe.moe.routing import Routing, choices_per_expert, on_one_rank
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class LayerHealth:
 def routing_health(
     routings: Sequence[Routing],
     n_experts: int,
-    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = _of_one_rank,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = on_one_rank,
 ) -> list[LayerHealth]:
     """Measure each mixture layer of one forward pass.
 
@@ -111,7 +107,7 @@ class Churn:
     def look(
         self,
         routings: Sequence[Routing],
-        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = _of_one_rank,
+        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = on_one_rank,
     ) -> list[float] | None:
         """Churn of each mixture layer since the last look, in [0, 1]; None at the first look.
 

@@ -88,3 +88,14 @@ def test_keeps_the_type_of_the_rows(dtype):
     dispatched = EXCHANGE.dispatch(x_TD, ids_TK, 3)
     assert dispatched.rows_ND.dtype == dtype
     assert EXCHANGE.combine(dispatched.rows_ND, torch.rand(5, 2), dispatched).dtype == dtype
+
+
+def test_weights_and_their_gradient_keep_fp32_where_rows_have_16_bits():
+    generator = torch.Generator().manual_seed(0)
+    rows_ND = torch.randn(6, 64, generator=generator).bfloat16()
+    upstream_TD = torch.randn(2, 64, generator=generator).bfloat16()
+    weights_TK = torch.rand(2, 3, generator=generator).requires_grad_()
+    choices = SortedChoices.of(torch.arange(6).view(2, 3), 6)
+    choices.weighted_sum(rows_ND, weights_TK).backward(upstream_TD)
+    expected = torch.einsum("tkd,td->tk", rows_ND.view(2, 3, 64).double(), upstream_TD.double())
+    torch.testing.assert_close(weights_TK.grad.double(), expected, atol=1e-5, rtol=1e-5)

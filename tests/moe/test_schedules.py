@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,8 @@ def test_exponential_curve_keeps_its_shape_in_short_runs(steps):
     ks = [top_k_at(config, 2, step, steps) for step in range(steps + 1)]
     assert ks == sorted(ks)
     assert (ks[0], ks[-1]) == (8, 16)
+
+
+def test_planning_a_schedule_needs_no_torch():
+    code = "import sys, megamoe.moe.schedules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
