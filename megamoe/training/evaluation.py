@@ -68,15 +68,18 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json: everything needed to quote the figures."""
-        return {
+        values: dict[str, Any] = {
             "corpus": self.corpus,
             "split": self.split,
             "metric": self.metric,
             "tokens": self.tokens,
-            "words_per_token": self.words_per_token,
             "loss_by_k": {str(k): nats for k, nats in self.nats.items()},
             f"{self.metric}_by_k": {str(k): self.figure(k) for k in self.nats},
         }
+        if self.words_per_token is not None:
+            values["words_per_token"] = self.words_per_token
+            values["word_ppl_by_k"] = {str(k): self.word_perplexity(k) for k in self.nats}
+        return values
 
 
 def in_metric(nats: float, metric: str) -> float:

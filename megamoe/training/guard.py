@@ -17,8 +17,8 @@ SETTLING_STEPS = 20
 class Guard:
     """Looks at every step of `run`; holds a running mean of the loss where spikes are watched for.
 
-    It costs nothing but numbers that the step has on the host already. Only watching for spikes, and
-    ZeRO stage 0, where there is no gradient norm, average the loss over ranks at every step.
+    It costs nothing but numbers that the step has on the host already, except that watching for spikes
+    averages the loss over ranks at every step.
     """
 
     def __init__(self, run: RunConfig, world: World) -> None:
@@ -31,28 +31,19 @@ class Guard:
         """Take in a step. What is decided is equal on all ranks.
 
         Raises:
-            DivergenceError: an update was made from gradients that are not finite;
-                `training.max_skipped_steps` updates in a row were skipped because of such; or the loss
-                exceeds `training.spike_factor` times its running mean.
+            DivergenceError: `training.max_skipped_steps` updates in a row were skipped because gradients
+                were not finite, or the loss exceeds `training.spike_factor` times its running mean.
         """
         limit = self.run.training.max_skipped_steps
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.skipped else 0
         if self._skipped_in_a_row >= limit:
             raise self._diverged(
-                record, f"training.max_skipped_steps = {limit}",
+                record,
+                f"training.max_skipped_steps = {limit}",
                 "that many updates in a row were skipped: gradients were not finite; lower optimizer.lr",
-            )  # fmt: skip
-        watches_spikes = self.run.training.spike_factor > 0
-        norm, loss = record.grad_norm, math.nan
-        if watches_spikes or norm is None:
-            loss = float(self.world.mean(record.loss))
-        if not record.skipped and not math.isfinite(loss if norm is None else norm):
-            raise self._diverged(
-                record, f"optimizer.lr = {self.run.optimizer.lr:g}",
-                "an update was made from gradients that are not finite; lower it",
-            )  # fmt: skip
-        if watches_spikes:
-            self._check_spike(record, loss)
+            )
+        if self.run.training.spike_factor:
+            self._check_spike(record, float(self.world.mean(record.loss)))
 
     def _check_spike(self, record: StepRecord, loss: float) -> None:
         factor = self.run.training.spike_factor
@@ -70,8 +61,7 @@ class Guard:
     def _diverged(self, record: StepRecord, what: str, why: str) -> DivergenceError:
         health = routing_health(record.routings, self.run.moe.n_experts)
         loads = ", ".join(f"{layer.max_over_mean:.2f}" for layer in health) or "none"
-        norm = "unknown" if record.grad_norm is None else f"{record.grad_norm:.4g}"
         return DivergenceError(
-            f"{what}: {why} (step {record.step}, loss {float(record.loss):.4f}, gradient norm {norm}, largest"
-            f" over mean load of each mixture layer: {loads})"
+            f"{what}: {why} (step {record.step}, loss {float(record.loss):.4f}, gradient norm"
+            f" {record.grad_norm:.4g}, largest over mean load of each mixture layer: {loads})"
         )

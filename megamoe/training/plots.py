@@ -95,7 +95,10 @@ def _test_figures(axes: "Axes", lines: Lines, metric: str) -> None:
                       textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8.5)  # fmt: skip
     axes.set_xticks(list(places), [str(k) if k is not None else "no experts" for k, _ in named])
     axes.set_xlabel("active experts k")
-    axes.margins(x=0.08, y=0.2)
+    # At least two percent of the figure, so that noise does not look like a slope.
+    middle, half = (max(values) + min(values)) / 2, max(np.ptp(values) * 0.7, 0.01 * max(values))
+    axes.set_ylim(middle - half, middle + half)
+    axes.margins(x=0.08)
 
 
 def _schedules(axes: "Axes", lines: Lines) -> None:

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ GOLDENS = json.loads((Path(__file__).parents[1] / "goldens/schedule/schedules.js
 )
 def test_rates_of_the_published_trainer(golden):
     optimizer = OptimizerConfig(
-        schedule=golden["scheduler"], lr=golden["lr"], warmup_steps=golden["warmup_step"], min_lr=golden["eta_min"]
+        schedule=golden["scheduler"], lr=golden["lr"],
+        warmup_steps=golden["warmup_step"], min_lr=golden["eta_min"],
     )  # fmt: skip
     expected = golden["lr_used_at_update"]
     if golden["scheduler"] == "cosine" and golden["warmup_step"]:
@@ -31,9 +33,7 @@ def test_warmup_rises_linearly_from_zero(schedule):
     optimizer = OptimizerConfig(schedule=schedule, lr=1e-3, warmup_steps=8)
     rates = [learning_rate(optimizer, step, 100) for step in range(8)]
     assert rates[0] == 0.0
-    assert [late - early for early, late in zip(rates, rates[1:], strict=False)] == pytest.approx(
-        [rates[1]] * 7
-    )
+    assert [late - early for early, late in pairwise(rates)] == pytest.approx([rates[1]] * 7)
 
 
 def test_cosine_stays_at_its_floor_past_the_end():

@@ -30,6 +30,10 @@ class ConsoleCallback(Callback):
     def on_train_start(self, trainer: "Trainer") -> None:
         """Show every derived quantity, then the bar."""
         self.show(banner(trainer))
+        self.start_bar(trainer)
+
+    def start_bar(self, trainer: "Trainer") -> None:
+        """Show a progress bar where there is a terminal."""
         if self.terminal.is_terminal:
             self._bar = Progress(
                 BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"),
@@ -96,14 +100,13 @@ def _step(trainer: "Trainer") -> str:
 
 
 def _progress(trainer: "Trainer", metrics: dict[str, Any]) -> str:
-    metric, norm = trainer.corpus.metric, metrics["train/grad_norm"]
+    metric = trainer.corpus.metric
     parts = [
         f"{format_figure(metrics[f'train/{metric}'], metric):>11}",
         f"lr {metrics['train/lr']:.2e}",
+        f"grad {metrics['train/grad_norm']:6.3f}",
         f"{metrics['train/tokens_per_second'] / 1000:6.1f}k tok/s",
     ]
-    if norm is not None:
-        parts.insert(2, f"grad {norm:6.3f}")
     if "routing/max_over_mean" in metrics:
         parts += [f"k {metrics['train/top_k']:>2}", f"load {metrics['routing/max_over_mean']:.2f}x"]
     if metrics["train/skipped_steps"]:
