@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
-from megamoe.data.encoding import SPLITS, RawText, Track, count_words, untracked
+from megamoe.data.encoding import SPLITS, RawText, Track, count_words, split_at, untracked
 from megamoe.data.sources import (
     Fingerprint,
     Source,
-    cut,
     file_source,
     fingerprint,
     next_line_start,
@@ -119,7 +117,8 @@ def open_dataset(dataset: Dataset, paths: Sequence[Path], track: Track = untrack
     origin = tuple(_fingerprint(source, track) for source in sources)
     if len(sources) == 1:
         _check_hash(dataset, origin[0])
-        splits = _split_one_file(dataset, sources[0])
+        n_bytes = sources[0].n_bytes
+        splits = split_at(sources, n_bytes - 2 * dataset.held_out, n_bytes - dataset.held_out)
     else:
         splits = {split: (source,) for split, source in zip(SPLITS, sources, strict=True)}
     text = RawText(dataset.name, dataset.title, splits, origin=origin, track=track)
@@ -172,14 +171,13 @@ def open_text(
 def _split_by_fractions(
     sources: Sequence[Source], fractions: tuple[float, float, float], by_lines: bool
 ) -> dict[str, tuple[Source, ...]]:
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+    if not (min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-6):
         raise ConfigError(f"splits = {fractions}: give three shares above 0 that sum to 1")
     total = sum(source.n_bytes for source in sources)
     cuts = [int(total * fractions[0]), int(total * (fractions[0] + fractions[1]))]
     if by_lines:
         cuts = [next_line_start(sources, offset) for offset in cuts]
-    bounds = (0, *cuts, total)
-    return {split: cut(sources, *bound) for split, bound in zip(SPLITS, pairwise(bounds), strict=True)}
+    return split_at(sources, *cuts)
 
 
 def _locate(dataset: Dataset, paths: Sequence[Path]) -> list[Source]:
@@ -221,10 +219,3 @@ def _check_hash(dataset: Dataset, found: Fingerprint) -> None:
             f"{found.name}: has md5 {found.md5} instead of {dataset.md5}, so it is not {dataset.title};"
             f" {dataset.where}"
         )
-
-
-def _split_one_file(dataset: Dataset, source: Source) -> dict[str, tuple[Source, ...]]:
-    test = source.n_bytes - dataset.held_out
-    bounds = {"train": (0, test - dataset.held_out), "valid": (test - dataset.held_out, test),
-              "test": (test, source.n_bytes)}  # fmt: skip
-    return {split: (source.part(start, stop),) for split, (start, stop) in bounds.items()}

@@ -1,10 +1,11 @@
 """A text before and while it becomes tokens: its splits, its vocabulary, its honest name."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from megamoe.data.sources import Fingerprint, Source, whole_lines
+from megamoe.data.sources import Fingerprint, Source, cut, whole_lines
 from megamoe.data.tokenizers import (
     ByteTokenizer,
     Ids,
@@ -70,6 +71,12 @@ class RawText:
         """
         for block in self.blocks(split, purpose, by_lines=True):
             yield from to_text(block).split("\n")[:-1]
+
+
+def split_at(sources: Sequence[Source], valid: int, test: int) -> dict[str, tuple[Source, ...]]:
+    """Train, valid and test of the sources laid end to end; `valid` and `test` are where these two begin."""
+    bounds = (0, valid, test, sum(source.n_bytes for source in sources))
+    return {split: cut(sources, *bound) for split, bound in zip(SPLITS, pairwise(bounds), strict=True)}
 
 
 def train_tokenizer(kind: str, text: RawText, vocab_size: int = SUBWORDS) -> Tokenizer:

@@ -3,10 +3,9 @@
 import hashlib
 import lzma
 from importlib import resources
-from itertools import pairwise
 
-from megamoe.data.encoding import SPLITS, RawText
-from megamoe.data.sources import bytes_source, cut, fingerprint
+from megamoe.data.encoding import SPLITS, RawText, split_at
+from megamoe.data.sources import bytes_source, fingerprint
 from megamoe.data.text8 import clean_wikipedia
 from megamoe.errors import DataError
 
@@ -68,11 +67,8 @@ def read_sample(name: str) -> bytes:
 
 def _split_90_5_5(dataset: str, title: str, content: bytes, note: str) -> RawText:
     """Train, valid and test cut from one text in the proportions of enwik8 and text8."""
-    source = bytes_source(title, content)
-    ends = [len(content) * share // 100 for share in (0, 90, 95, 100)]
-    splits = {
-        split: cut([source], start, stop) for split, (start, stop) in zip(SPLITS, pairwise(ends), strict=True)
-    }
+    n_bytes = len(content)
+    splits = split_at([bytes_source(title, content)], n_bytes * 90 // 100, n_bytes * 95 // 100)
     origin = (fingerprint(title, [content]),)
     return RawText(dataset, title, splits, is_sample=True, note=note, origin=origin)
 

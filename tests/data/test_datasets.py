@@ -127,7 +127,9 @@ def test_a_text_may_bring_its_own_splits(tmp_path: Path) -> None:
         open_text(paths[:1], "t", valid=paths[1:2], by_lines=False)
 
 
-@pytest.mark.parametrize("fractions", [(0.9, 0.1, 0.1), (1.0, 0.0, 0.0), (1.2, -0.1, -0.1)])
+@pytest.mark.parametrize(
+    "fractions", [(0.9, 0.1, 0.1), (1.0, 0.0, 0.0), (1.2, -0.1, -0.1), (float("nan"), 0.5, 0.5)]
+)
 def test_fractions_must_be_a_partition(tmp_path: Path, fractions: tuple[float, float, float]) -> None:
     (tmp_path / "a").write_text("text")
     with pytest.raises(ConfigError, match="three shares above 0 that sum to 1"):

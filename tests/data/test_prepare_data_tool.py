@@ -45,6 +45,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_tool_does_without_torch() -> None:
+    code = "import sys, megamoe.data.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_an_unknown_dataset_is_refused() -> None:
     result = run("enwik9", "x")
     assert result.returncode == 2
