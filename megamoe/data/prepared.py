@@ -1,8 +1,8 @@
 """The folder of a prepared corpus: memory-mapped tokens, the tokenizer, and a manifest of both.
 
-manifest.json               what it is: names, unit, counts, sizes, hashes, origin
-tokenizer.json              the tokenizer, vocabulary included
-train.bin valid.bin test.bin  token ids, little-endian, in the manifest's dtype
+* ``manifest.json``: names, unit, counts, sizes, hashes, origin
+* ``tokenizer.json``: the tokenizer, vocabulary included
+* ``train.bin``, ``valid.bin``, ``test.bin``: token ids, little-endian, in the manifest's dtype
 """
 
 import hashlib
