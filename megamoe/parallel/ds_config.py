@@ -16,37 +16,11 @@ from megamoe.config.load import nearest
 from megamoe.config.schema import RunConfig
 from megamoe.errors import ConfigError
 from megamoe.parallel.device import Device
+from megamoe.parallel.ds_keys import check_keys, require_section
 
 DsConfig = dict[str, Any]
 
 DEFAULT_DS_CONFIG: DsConfig = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}
-
-SUPPORTED_KEYS = frozenset({
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "gradient_clipping", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types",
-    "optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc",
-    "comms_logger", "flops_profiler", "timers",
-})  # fmt: skip
-
-REFUSED_KEYS = {
-    "amp": 'DeepSpeed has removed Apex AMP; use "bf16" or "fp16", or remove the section, even a disabled one',
-    "scheduler": "the learning rate follows optimizer.schedule of the run config; remove the section",
-    "activation_checkpointing": "set training.activation_checkpointing in the run config instead",
-    "expert_parallel": "AutoEP replaces layers of other models; set moe.ep_size in the run config instead",
-    "use_data_before_expert_parallelism": "expert-parallel groups are ranks in a row here; remove the key",
-    "checkpoint": "checkpoints are megamoe's own; set checkpoint.* in the run config instead",
-    "data_efficiency": "data come from megamoe's streams; set data.* in the run config instead",
-    "tensor_parallel": "experts and data are parallel here, not tensors; remove the section",
-    "pipeline": "the model is no pipeline; remove the section",
-    "gradient_allreduce_op": "gradients are means over ranks here; remove the key",
-    "managed_gradient_accumulation": "accumulation is DeepSpeed's own here; remove the key",
-    "elasticity": "DeepSpeed has removed it; a checkpoint resumes on another number of ranks as it is",
-    "sparse_attention": "DeepSpeed has removed it; remove the section",
-    "compression_training": "DeepSpeed has removed it; remove the section",
-    "curriculum_learning": "DeepSpeed has removed it; remove the section",
-}
 
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "fusedadam": "FusedAdam"}
 
@@ -85,11 +59,12 @@ def resolve_ds_config(run: RunConfig, ds: Mapping[str, Any], world_size: int, de
             combination cannot work.
     """
     resolved = copy.deepcopy(dict(ds))
-    _check_keys(resolved)
-    _resolve_zero(run, resolved, world_size)
+    check_keys(resolved)
+    _resolve_zero(run, resolved)
+    resolve_ep_size(run, world_size, zero_stage(resolved))
     _resolve_precision(resolved, device)
     _resolve_batch(run, resolved, world_size)
-    _resolve_equal(resolved, "", "gradient_clipping", "training.grad_clip", run.training.grad_clip)
+    _resolve_equal(resolved, "gradient_clipping", "training.grad_clip", run.training.grad_clip)
     _resolve_optimizer(run, resolved, device)
     _resolve_offload(resolved, device)
     for path in _leftovers(resolved):
@@ -154,41 +129,17 @@ def resolve_ep_size(run: RunConfig, world_size: int, stage: int) -> int:
     return ep_size
 
 
-def _check_keys(ds: Mapping[str, Any]) -> None:
-    for key, value in ds.items():
-        if key in REFUSED_KEYS:
-            raise ConfigError(f"{key} in the DeepSpeed config: {REFUSED_KEYS[key]}")
-        if key not in SUPPORTED_KEYS:
-            raise ConfigError(f"{key} in the DeepSpeed config: unknown key, {nearest(key, SUPPORTED_KEYS)}")
-        if key in ("zero_optimization", "bf16", "fp16", "torch_autocast", "optimizer", "data_types"):
-            _require_section(key, value)
-
-
-def _require_section(name: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} = {value!r}: is a section of the DeepSpeed config, write {{...}}")
-
-
 def _enabled(ds: Mapping[str, Any], section: str) -> bool:
     return ds.get(section, {}).get("enabled", False) is True
 
 
-def _resolve_zero(run: RunConfig, ds: DsConfig, world_size: int) -> None:
-    """Stage "auto" is 1. DeepSpeed would drop keys it does not know, or fail late with a traceback."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero = ds.setdefault("zero_optimization", {"stage": 0})
-    known = set(DeepSpeedZeroConfig.model_fields)
-    known |= {field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias}
-    for key in zero:
-        if key not in known:
-            raise ConfigError(f"zero_optimization.{key}: unknown key, {nearest(key, known)}")
+def _resolve_zero(run: RunConfig, ds: DsConfig) -> None:
+    zero = ds.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     if stage == "auto":
         stage = zero["stage"] = 1
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage = {stage!r}: give 0, 1, 2, 3 or auto")
-    resolve_ep_size(run, world_size, stage)
     if stage == 3 or not run.moe.layer_indices(run.model.n_layers):
         return
     for key, first_stage in (("contiguous_gradients", 2), ("reduce_scatter", 1)):
@@ -222,23 +173,17 @@ def _resolve_precision(ds: DsConfig, device: Device) -> None:
             f"{on[0]}.enabled = true at zero_optimization.stage 0: DeepSpeed takes an empty first step there"
             " and leaves experts out of the gradient norm; use stage 1, which also works on one rank"
         )
-    if ds.get("data_types", {}).get("buffer_dtype") not in (None, "fp32"):
-        raise ConfigError("data_types.buffer_dtype: frozen hypernetworks are fp32 buffers; remove the key")
 
 
 def _resolve_batch(run: RunConfig, ds: DsConfig, world_size: int) -> None:
     """train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks."""
     batch = run.training.batch_size
-    _resolve_equal(ds, "", "train_batch_size", "training.batch_size", batch)
-    if run.training.micro_batch_size != "auto":
-        _resolve_equal(
-            ds,
-            "",
-            "train_micro_batch_size_per_gpu",
-            "training.micro_batch_size",
-            run.training.micro_batch_size,
-        )
+    if batch % world_size:
+        raise ConfigError(f"training.batch_size = {batch}: give a multiple of the {world_size} ranks")
+    _resolve_equal(ds, "train_batch_size", "training.batch_size", batch)
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    if run.training.micro_batch_size != "auto":
+        _resolve_equal(ds, keys[0], "training.micro_batch_size", run.training.micro_batch_size)
     micro, accumulation = (None if ds.get(key, "auto") == "auto" else ds[key] for key in keys)
     for key, value in zip(keys, (micro, accumulation), strict=True):
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -255,7 +200,7 @@ def _resolve_batch(run: RunConfig, ds: DsConfig, world_size: int) -> None:
     ds.update(zip(keys, (micro, accumulation), strict=True))
 
 
-def _resolve_equal(section: DsConfig, path: str, key: str, run_name: str, run_value: Any) -> None:
+def _resolve_equal(section: DsConfig, key: str, run_name: str, run_value: Any, path: str = "") -> None:
     """Take the run's value where `key` is missing or "auto"; where it is given, it must be the same."""
     value = section.get(key, "auto")
     if value == "auto":
@@ -296,10 +241,9 @@ def _resolve_optimizer(run: RunConfig, ds: DsConfig, device: Device) -> None:
     for key in params:
         if key not in known:
             raise ConfigError(f"optimizer.params.{key}: unknown key, {nearest(key, known)}")
-    path = "optimizer.params."
     for key in ("lr", "betas", "eps", "weight_decay"):
-        _resolve_equal(params, path, key, f"optimizer.{key}", getattr(run.optimizer, key))
-    _resolve_equal(params, path, "adam_w_mode", 'optimizer.name == "adamw"', decoupled)
+        _resolve_equal(params, key, f"optimizer.{key}", getattr(run.optimizer, key), "optimizer.params.")
+    _resolve_equal(params, "adam_w_mode", "optimizer.name == 'adamw'", decoupled, "optimizer.params.")
 
 
 def _resolve_offload(ds: DsConfig, device: Device) -> None:
@@ -307,7 +251,7 @@ def _resolve_offload(ds: DsConfig, device: Device) -> None:
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         if key not in zero:
             continue
-        _require_section(f"zero_optimization.{key}", zero[key])
+        require_section(f"zero_optimization.{key}", zero[key])
         place = zero[key].get("device", "none")
         if place not in ("cpu", "none"):
             raise ConfigError(f"zero_optimization.{key}.device = {place!r}: give cpu or none")
@@ -315,6 +259,8 @@ def _resolve_offload(ds: DsConfig, device: Device) -> None:
             raise ConfigError(
                 f"zero_optimization.{key} at stage {zero['stage']}: does nothing there; use stage {stages[0]}"
             )
+    if offloads_optimizer(ds) and ds.get("optimizer", {}).get("type") == "FusedAdam":
+        raise ConfigError("optimizer.type = 'FusedAdam': cannot update offloaded states; give Adam or AdamW")
     if offloads_optimizer(ds) and uses_torch_adam(ds, device):
         ds["zero_force_ds_cpu_optimizer"] = False
 
@@ -335,3 +281,6 @@ def _leftovers(value: Any, path: str = "") -> Iterator[str]:
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leftovers(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leftovers(item, f"{path}[{index}]")

@@ -54,31 +54,26 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Variables:
-    """The names one launcher uses; the first of `local_rank` that is set counts."""
+    """The names one launcher uses."""
 
     launcher: str
     rank: str
     size: str
-    local_rank: tuple[str, ...]
+    local_rank: str
     local_size: tuple[str, ...]
 
 
-_EXPLICIT = _Variables(
-    "environment", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+_EXPLICIT = _Variables("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+_OPEN_MPI = _Variables(
+    "Open MPI",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    ("OMPI_COMM_WORLD_LOCAL_SIZE",),
 )
-# In this order: mpirun inside a Slurm step leaves the step's variables of its own daemons in place,
-# and srun --mpi=pmi2 sets PMI's beside its own. The step's task count tells srun from the batch shell.
-_PER_PROCESS = (
-    _Variables(
-        "Open MPI",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    _Variables("MPI", "PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "SLURM_LOCALID"), ("MPI_LOCALNRANKS",)),
-    _Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",), ()),
-)
+_MPI = _Variables("MPI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",))
+# The number of tasks in the step tells srun from the batch shell, which has a SLURM_PROCID too.
+_SRUN = _Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ())
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -92,7 +87,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         DistributedError: a variable is missing, is no number, is out of range, or contradicts
             another launcher's.
     """
-    started_by = next((names for names in _PER_PROCESS if _is_set(names, environ)), None)
+    started_by = _started_by(environ)
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return _launch(started_by, environ) if started_by else Launch()
     explicit = _launch(_EXPLICIT, environ)
@@ -102,8 +97,18 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     return explicit
 
 
-def _is_set(names: _Variables, environ: Mapping[str, str]) -> bool:
-    return names.rank in environ and names.size in environ
+def _started_by(environ: Mapping[str, str]) -> _Variables | None:
+    """The launcher that started each process by itself."""
+    # mpirun inside a Slurm step leaves the variables of its daemons' step in place. srun --mpi=pmi2
+    # sets PMI's beside its own, which say more.
+    for names in (_OPEN_MPI, _MPI, _SRUN):
+        if names.rank in environ and names.size in environ:
+            srun_agrees = all(
+                environ[mine] == environ.get(slurms)
+                for mine, slurms in ((names.rank, _SRUN.rank), (names.size, _SRUN.size))
+            )
+            return _SRUN if names is _MPI and srun_agrees else names
+    return None
 
 
 def _require_same_size(explicit: Launch, names: _Variables, environ: Mapping[str, str]) -> None:
@@ -119,10 +124,9 @@ def _launch(names: _Variables, environ: Mapping[str, str]) -> Launch:
     world_size = _number(environ, names.size)
     rank = _number(environ, names.rank)
     _require_below(names.rank, rank, names.size, world_size)
-    local_rank_name = next((name for name in names.local_rank if name in environ), names.local_rank[0])
-    local_rank = _number(environ, local_rank_name) if world_size > 1 else 0
+    local_rank = _number(environ, names.local_rank) if world_size > 1 else 0
     local_size = _local_size(names, environ, world_size)
-    _require_below(local_rank_name, local_rank, "the processes on this node", local_size)
+    _require_below(names.local_rank, local_rank, "the processes on this node", local_size)
     return Launch(
         rank,
         world_size,
@@ -251,6 +255,7 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> World:
     """
     os.environ.update(launch.environment())
     _quiet(launch)
+    _share_cores(launch)
     device = _device(launch)
     if not dist.is_initialized():
         _join(launch, device, timeout)
@@ -308,6 +313,12 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
             f"MASTER_ADDR = {host}, MASTER_PORT = {port}: {launch.world_size} processes could not meet there"
             f" ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _share_cores(launch: Launch) -> None:
+    """Divide the cores among the processes of this node; each would take all of them."""
+    if launch.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
 
 
 def _quiet(launch: Launch) -> None:

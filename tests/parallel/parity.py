@@ -1,0 +1,198 @@
+"""What runs in the ranks of `test_engine`: many engines one after another, compared with plain torch."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.moe.utils import is_moe_param
+
+from megamoe.moe.losses import auxiliary_loss
+from megamoe.parallel.engine import Engine, require_equal_buffers
+from megamoe.parallel.launch import World, read_launch, start
+from tests.parallel.runs import (
+    VOCAB,
+    Trajectory,
+    batch,
+    build_engine,
+    deviations,
+    full_weight,
+    largest_difference,
+    run_engine,
+    run_plain,
+    small_run,
+)
+
+# Accumulation takes the balance loss of each micro-batch, which is another loss than the big batch's.
+NO_BALANCE = {"balance_loss": 0.0}
+NO_CLIP = {"grad_clip": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine: ep_size, ZeRO stage, and what else differs from `SMALL`."""
+
+    ep_size: int
+    stage: int
+    name: str = ""
+    moe: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"ep{self.ep_size}-zero{self.stage}{self.name and '-'}{self.name}"
+
+
+def cases(world_size: int) -> Iterator[Case]:
+    """Every ep_size and stage of a world; on two ranks also what else must not change the numbers."""
+    for ep_size in (1, 2, 4):
+        if world_size % ep_size == 0:
+            yield Case(ep_size, 0, "unclipped", training=NO_CLIP)
+            yield Case(ep_size, 1)
+            yield Case(ep_size, 2)
+    yield Case(1, 0)
+    yield Case(1, 3)
+    if world_size == 2:
+        accumulate = {"micro_batch_size": 2}
+        yield Case(2, 1, "accumulated", moe=NO_BALANCE, training=accumulate)
+        yield Case(2, 2, "accumulated", moe=NO_BALANCE, training=accumulate)
+        yield Case(2, 1, "checkpointed", training={"activation_checkpointing": True})
+        yield Case(1, 3, "checkpointed", training={"activation_checkpointing": True})
+        # Every parameter is gathered when needed and given up after, which small ones are spared by default.
+        yield Case(1, 3, "all-partitioned", zero={"stage3_param_persistence_threshold": 0})
+        yield Case(2, 1, "offloaded", zero={"offload_optimizer": {"device": "cpu"}})
+
+
+def parity(world_size: int) -> dict[str, dict[str, float]]:
+    """Deviations of every case from plain torch, on this rank."""
+    world = start(read_launch())
+    references: dict[str, Trajectory] = {}
+    result = {}
+    for case in cases(world_size):
+        plain = {key: value for key, value in case.training.items() if key == "grad_clip"}
+        key = repr((case.moe, plain))
+        if key not in references:
+            references[key] = run_plain(small_run(moe=case.moe, training=plain))
+        run = small_run(moe=case.moe | {"ep_size": case.ep_size}, training=case.training)
+        ds = {"zero_optimization": {"stage": case.stage, **case.zero}}
+        trajectory, engine = run_engine(run, ds, world)
+        result[str(case)] = deviations(trajectory, references[key], engine)
+    return result
+
+
+def behaviour() -> dict[str, Any]:
+    """Facts about engines on two ranks, as plain values for the tests to judge."""
+    world = start(read_launch())
+    return {
+        "bf16": _bf16(world),
+        "skips": {stage: _skip(world, stage) for stage in (0, 1)},
+        "buffers": _unequal_buffers(world),
+        "collectives": _collectives(world),
+        "learning_rate": _learning_rate(world),
+        "dropout": _dropout(world),
+    }
+
+
+def _bf16(world: World) -> dict[str, Any]:
+    ds = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    plain = run_plain(small_run(), torch.bfloat16)
+    one, _ = run_engine(small_run(moe={"ep_size": 1}), ds, world)
+    two, engine = run_engine(small_run(moe={"ep_size": 2}), ds, world)
+    trained = {id(p) for group in engine.deepspeed.basic_optimizer.param_groups for p in group["params"]}
+    return {
+        "spread_against_whole": deviations(two, one, engine),
+        "first_loss": (two.losses[0], plain.losses[0]),
+        "first_norm": (two.norms[0], plain.norms[0]),
+        "first_gradient": largest_difference(two.gradients[0], plain.gradients[0], engine),
+        "parameters": {str(p.dtype) for p in engine.model.parameters()},
+        "buffers": {str(buffer.dtype) for buffer in engine.model.buffers()},
+        "n_buffers": len(list(engine.model.buffers())),
+        "buffers_trained": [name for name, b in engine.model.named_buffers() if id(b) in trained],
+    }
+
+
+def _skip(world: World, stage: int) -> dict[str, Any]:
+    """Two steps; on the second, one rank's gradients are not finite."""
+    engine = build_engine(
+        small_run(moe={"ep_size": 2}, training=NO_CLIP), {"zero_optimization": {"stage": stage}}, world
+    )
+    steps, weights = [], []
+    for factor in (1.0, math.nan if world.rank == 1 else 1.0):
+        _train_step(engine, world, factor)
+        steps.append(engine.step())
+        weights.append([full_weight(p) for p in engine.model.parameters()])
+    return {
+        "skipped": [step.skipped for step in steps],
+        "norms": [step.grad_norm for step in steps],
+        "unchanged": all(torch.equal(a, b) for a, b in zip(*weights, strict=True)),
+        "counted": (engine.deepspeed.global_steps, engine.deepspeed.skipped_steps),
+    }
+
+
+def _train_step(engine: Engine, world: World, factor: float = 1.0) -> torch.Tensor:
+    rows = batch(0)[engine.rows.start : engine.rows.stop]
+    output = engine.forward(rows[:, :-1], rows[:, 1:])
+    extra, _ = auxiliary_loss(output.routings, engine.model.moe_config, world.mean)
+    loss = output.loss_BS.mean()
+    engine.backward((loss + extra) * factor)
+    return loss.detach()
+
+
+def _unequal_buffers(world: World) -> str:
+    """The message when one rank's hypernetwork differs by the smallest amount."""
+    engine = build_engine(small_run(), {"zero_optimization": {"stage": 1}}, world)
+    buffer = next(engine.model.buffers())
+    if world.rank == 1:
+        buffer.view(-1)[0] = torch.nextafter(buffer.view(-1)[0], torch.tensor(9.0))
+    try:
+        require_equal_buffers(engine.model, world)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def _collectives(world: World) -> dict[str, Any]:
+    values = torch.tensor([1.0, 2.0], requires_grad=True) * (world.rank + 1)
+    mean = world.mean(values)
+    return {
+        "mean": mean.tolist(),
+        "sum": world.sum(values).tolist(),
+        "own_value_kept": values.tolist() == [world.rank + 1, 2 * (world.rank + 1)],
+        "needs_grad": mean.requires_grad,
+        "gathered": world.gather_objects({"rank": world.rank}),
+        "is_main": world.is_main,
+    }
+
+
+def _learning_rate(world: World) -> dict[str, Any]:
+    """At a rate of 0 nothing moves, whatever the group."""
+    engine = build_engine(
+        small_run(moe={"ep_size": 2}, optimizer={"weight_decay": 0.1}),
+        {"zero_optimization": {"stage": 1}},
+        world,
+    )
+    before = [full_weight(p) for p in engine.model.parameters()]
+    engine.set_learning_rate(0.0)
+    _train_step(engine, world)
+    engine.step()
+    return {
+        "unchanged": all(map(torch.equal, before, (full_weight(p) for p in engine.model.parameters()))),
+        "experts_marked": sorted(name for name, p in engine.model.named_parameters() if is_moe_param(p)),
+    }
+
+
+def _dropout(world: World) -> dict[str, Any]:
+    """Random in training, deterministic in evaluation."""
+    run = small_run(model={"dropout": 0.5})
+    engine = build_engine(run, {"zero_optimization": {"stage": 1}}, world)
+    ids = torch.arange(8).view(1, 8) % VOCAB
+
+    def losses() -> list[float]:
+        with torch.no_grad():
+            return [engine.forward(ids, ids).loss_BS.mean().item() for _ in range(2)]
+
+    engine.train()
+    in_training = losses()
+    engine.eval()
+    return {"training": in_training, "evaluation": losses()}
