@@ -30,6 +30,8 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, "BF16"),
     "int64": (torch.int64, "I64"),
     "int32": (torch.int32, "I32"),
+    "int16": (torch.int16, "I16"),
+    "int8": (torch.int8, "I8"),
     "uint8": (torch.uint8, "U8"),
     "bool": (torch.bool, "BOOL"),
 }

@@ -31,19 +31,17 @@ def restore_checkpoint(
         CheckpointError: on all ranks, if the checkpoint is of another model or some rank cannot read it.
     """
 
-    def load() -> TrainingState:
-        state = reader.state
+    def load() -> None:
         require_same_options(reader, engine.model.model_config, engine.model.moe_config)
         require_same_tensors(reader, engine.model)
-        optimizer_step = state.engine.optimizer_step if load_optimizer else 0
+        optimizer_step = reader.state.engine.optimizer_step if load_optimizer else 0
         restore_fragments(engine, reader.read, optimizer_step=optimizer_step)
-        return state
 
-    state: TrainingState = on_all_ranks(world, f"loading {reader.folder.name}", load)[world.rank]
+    on_all_ranks(world, f"loading {reader.folder.name}", load)
     publish_weights(engine)
     if load_optimizer:
-        restore_counters(engine.deepspeed, state.engine)
-    return state
+        restore_counters(engine.deepspeed, reader.state.engine)
+    return reader.state
 
 
 def read_memory(reader: CheckpointReader, rows: range, batch_size: int) -> tuple[torch.Tensor, ...]:

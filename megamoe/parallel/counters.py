@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-# State of DeepSpeed's dynamic loss scalers; each of them has some of these.
+# What deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler changes while it runs.
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -31,39 +31,32 @@ def read_counters(engine: Any) -> EngineCounters:
     optimizer = engine.basic_optimizer
     counting = [*optimizer.state.values(), *optimizer.param_groups]  # Apex's Adam counts in its groups
     steps = [int(owner["step"]) for owner in counting if "step" in owner]
-    scaler = _loss_scaler(engine)
+    scaler = _dynamic_loss_scaler(engine)
     return EngineCounters(
         global_steps=engine.global_steps,
         global_samples=engine.global_samples,
         skipped_steps=engine.skipped_steps,
         optimizer_step=max(steps, default=0),
-        loss_scaler={name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)},
+        loss_scaler={name: getattr(scaler, name) for name in _SCALER_FIELDS} if scaler else {},
     )
 
 
-def restore_counters(engine: Any, counters: EngineCounters, *, load_optimizer: bool = True) -> None:
-    """Make `engine` continue counting from `counters`.
+def restore_counters(engine: Any, counters: EngineCounters) -> None:
+    """Make `engine` continue counting and scaling where `counters` were read.
 
-    Adam's own step is restored with its moments, by `megamoe.parallel.fragments`.
-
-    Args:
-        load_optimizer: False leaves loss scaling as a fresh run starts it.
+    Adam's own step is restored with its moments, see `megamoe.parallel.fragments`.
     """
     engine.global_steps = counters.global_steps
     engine.global_samples = counters.global_samples
     engine.skipped_steps = counters.skipped_steps
     # Saving happens between optimizer steps, and accumulation may be another one now.
     engine.micro_steps = counters.global_steps * engine.gradient_accumulation_steps()
-    scaler = _loss_scaler(engine)
-    if load_optimizer and scaler is not None:
-        for name, value in counters.loss_scaler.items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
+    scaler = _dynamic_loss_scaler(engine)
+    for name, value in counters.loss_scaler.items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
 
 
-def _loss_scaler(engine: Any) -> Any:
-    """What scales the loss dynamically in this engine, or None."""
-    optimizer = engine.optimizer
-    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-    dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
-    return scaler if dynamic else None
+def _dynamic_loss_scaler(engine: Any) -> Any:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None

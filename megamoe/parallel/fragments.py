@@ -5,6 +5,7 @@ Whatever a rank holds in fp32 is therefore one flat range ``[start, stop)`` per 
 `publish_weights` communicates.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -144,9 +145,7 @@ def publish_weights(engine: TrainingEngine) -> None:
         _publish_stage_3(optimizer)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
-    else:
-        for span in _spans(engine.deepspeed):
-            span.parameter.data.copy_(span.of(span.flat).view_as(span.parameter))
+    # At stage 0 the fp32 weights are the ones that compute.
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
@@ -169,28 +168,38 @@ def _replica(engine: Any, parameter: Any) -> tuple[int, int]:
 
 def _spans(engine: Any) -> Iterator[_Span]:
     """Everything this rank holds in fp32, whichever optimizer DeepSpeed chose."""
-    optimizer = engine.optimizer
-    trained = [p for p in engine.module.parameters() if p.requires_grad]
-    if engine.zero_optimization_stage() == 3:
-        yield from (span for p in trained for span in _stage_3_span(optimizer, p))
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    parameters = list(engine.module.parameters())
+    whole = [p for p in parameters if not p.requires_grad]  # held by every replica, in one piece
+    if stage == 3 and whole:
+        raise CheckpointError("frozen parameters at ZeRO stage 3: cannot be saved; use stage 1 or 2")
+    if stage == 3:
+        yield from (span for p in parameters for span in _stage_3_span(optimizer, p))
     elif hasattr(optimizer, "update_lp_params"):
-        yield from (span for p in trained for span in _stage_1_2_span(optimizer, p))
+        yield from _stage_1_2_spans(optimizer)
     elif optimizer is engine.basic_optimizer:
-        yield from (_Span(p, 0, p.numel(), p, 0, replicated=True) for p in trained)
+        whole = parameters
     else:
-        raise CheckpointError(
-            f"optimizer = {type(optimizer).__name__}: its weights cannot be saved; use ZeRO stage 1 or 2"
-        )
-    frozen = (p for p in engine.module.parameters() if not p.requires_grad)
-    yield from (_Span(p, 0, p.numel(), p, 0, replicated=True) for p in frozen)
+        kind = type(optimizer).__name__
+        raise CheckpointError(f"{kind}: weights that it keeps cannot be saved; use ZeRO stage 1 or 2")
+    yield from (_Span(p, 0, p.numel(), p, 0, replicated=True) for p in whole)
 
 
-def _stage_1_2_span(optimizer: Any, parameter: Any) -> Iterator[_Span]:
-    mapping = parameter._hp_mapping  # None where the partition of this rank has nothing of it
-    if mapping is not None:
-        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
-        yield _Span(parameter, here.start, here.start + here.numel, flat, there.start)
+def _stage_1_2_spans(optimizer: Any) -> Iterator[_Span]:
+    """DeepSpeed's own map from parameters to masters (`_hp_mapping`) errs with round_robin_gradients."""
+    if hasattr(optimizer, "bf16_groups"):  # BF16_Optimizer, which lays parameters out as they come
+        members = optimizer.bf16_groups
+        offsets = [[0, *itertools.accumulate(p.numel() for p in group)][:-1] for group in members]
+    else:
+        members, offsets = optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets
+    flats = [group["params"][0] for group in optimizer.param_groups]
+    for flat, replicas, *layout in zip(flats, optimizer.real_dp_process_group, members, offsets, strict=True):
+        begin = dist.get_rank(group=replicas) * flat.numel()
+        for parameter, offset in zip(*layout, strict=True):
+            start = max(begin, offset)
+            stop = min(begin + flat.numel(), offset + parameter.numel())
+            if start < stop:
+                yield _Span(parameter, start - offset, stop - offset, flat, start - begin)
 
 
 def _stage_3_span(optimizer: Any, parameter: Any) -> Iterator[_Span]:

@@ -35,6 +35,12 @@ FP16 = {"fp16": {"enabled": True, "initial_scale_power": 6, "loss_scale_window":
 BF16 = {"bf16": {"enabled": True}}
 BF16_OPTIMIZER = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
 OFFLOAD = BF16 | {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+OFFLOAD_ALL = BF16 | {
+    "zero_optimization": {
+        "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}, "sub_group_size": 1000,
+    }
+}  # fmt: skip
+ROUND_ROBIN = BF16 | {"zero_optimization": {"round_robin_gradients": True}}
 
 Key = tuple[str, str]
 

@@ -1,10 +1,13 @@
 """One checkpoint through ranks, expert-parallel sizes, ZeRO stages and precisions, and back."""
 
 import errno
+import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from megamoe.errors import CheckpointError
 from megamoe.parallel import fragments
 from megamoe.parallel.counters import EngineCounters, read_counters
 from megamoe.parallel.device import Device
+from megamoe.parallel.launch import World
 from megamoe.parallel.placement import placements
 from tests.checkpoint.runs import (
     BF16,
@@ -23,6 +27,8 @@ from tests.checkpoint.runs import (
     FP16,
     FP32,
     OFFLOAD,
+    OFFLOAD_ALL,
+    ROUND_ROBIN,
     SmallRun,
     differing,
     held_tensors,
@@ -41,7 +47,9 @@ TARGETS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     "stage 1 in fp32": (1, 1, FP32, OTHER_SEED),
     "stage 2": (2, 1, BF16, OTHER_SEED),
     "stage 2, states offloaded": (2, 2, OFFLOAD, OTHER_SEED),
+    "stage 2, round robin": (2, 2, ROUND_ROBIN, OTHER_SEED),
     "stage 3": (3, 1, BF16, OTHER_SEED),
+    "stage 3, all offloaded": (3, 1, OFFLOAD_ALL, OTHER_SEED),
     "stage 3 in fp32": (3, 1, FP32, OTHER_SEED),
     "fp32 accumulation": (1, 2, BF16_OPTIMIZER, OTHER_SEED),
 }
@@ -66,6 +74,7 @@ def two_ranks(root: str) -> dict[str, Any]:
         target.load(folder / ORIGIN)
         target.save(folder / name)
         results[name] = target.train(2)
+    results["frozen"] = {stage: freeze_and_restore(stage) for stage in range(4)}
     results["elements read"] = elements_read(folder / ORIGIN)
     results["weights alone"] = load_weights_alone(folder)
     results["failures"] = failures(run, folder)
@@ -95,6 +104,33 @@ def cut_in_fp32(folder: Path) -> tuple[list[float], list[float]]:
     losses = resumed.train(2)
     resumed.save(folder / "fp32 resumed")
     return uncut, losses
+
+
+def freeze_and_restore(stage: int) -> str:
+    """Write and read an engine with a frozen layer; the first problem, or nothing."""
+    model = torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.Linear(30, 3))
+    model[0].weight.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.Adam(trained), config=config)
+    adapter = SimpleNamespace(model=model, deepspeed=engine)
+    try:
+        owned = list(fragments.owned_fragments(adapter))
+    except CheckpointError as error:
+        return str(error)
+    world = World(torch.distributed.get_rank(), 2, torch.device("cpu"))
+    parts = world.gather_objects([(f.name, f.start, f.stop) for f in owned])
+    covered = {name: 0 for name, _ in model.named_parameters()}
+    for name, start, stop in sorted(itertools.chain(*parts)):
+        if start != covered[name]:
+            return f"{name}: {start} follows {covered[name]}"
+        covered[name] = stop
+    if covered != {name: p.numel() for name, p in model.named_parameters()}:
+        return f"covers {covered}"
+    fragments.restore_fragments(adapter, lambda _, *where: torch.arange(*where[1:]) + 0.5, optimizer_step=0)
+    fragments.publish_weights(adapter)
+    restored = all(torch.equal(p.flatten(), torch.arange(p.numel()) + 0.5) for p in model.parameters())
+    return "" if restored else "weights were not restored"
 
 
 def elements_read(folder: Path) -> int:
@@ -258,8 +294,9 @@ def test_every_tensor_survives_another_layout(two, root, target):
 
 def test_equal_precision_continues_equally_in_another_layout(two):
     for rank in two:
-        assert rank["fp32 accumulation"] == rank["stage 2, states offloaded"] == rank["uncut"]
-        assert rank["stage 3"] == rank["stage 2"]
+        for name in ("fp32 accumulation", "stage 2, states offloaded", "stage 2, round robin"):
+            assert rank[name] == rank["uncut"], name
+        assert rank["stage 3, all offloaded"] == rank["stage 3"] == rank["stage 2"]
         assert rank["stage 3 in fp32"] == rank["stage 1 in fp32"]
         assert rank["stage 0"][0] == rank["stage 1 in fp32"][0]
 
@@ -287,6 +324,15 @@ def test_loss_scaling_is_resumed(round_trip):
     assert restored == saved
     assert saved.loss_scaler["cur_scale"] != 2**6
     assert resumed == uncut
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_frozen_parameters_are_kept(two, stage):
+    assert [rank["frozen"][stage] for rank in two] == ["", ""]
+
+
+def test_frozen_parameters_are_refused_at_stage_3(two):
+    assert all("frozen parameters at ZeRO stage 3: cannot be saved" in rank["frozen"][3] for rank in two)
 
 
 def test_each_rank_reads_what_it_holds(two, root):
