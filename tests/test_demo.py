@@ -1,0 +1,116 @@
+"""The README's commands, as a newcomer types them: the demo trains and learns, and what it names works."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import megamoe
+from megamoe.checkpoint.reader import CheckpointReader
+from megamoe.data.corpus import load_corpus
+from megamoe.data.ngrams import cross_entropy
+from megamoe.models.transformer_xl import TransformerXL
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    re.sub(r"\s+#.*", "", line)
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+FOLLOW_UPS = [command for command in COMMANDS if command.startswith(".venv/bin/megamoe")]
+LAUNCHES = [command for command in COMMANDS if " train " in command]
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(1500)]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """The repository as links, so that a run writes nothing into it."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for path in REPOSITORY.iterdir():
+        if path.name not in (".git", ".venv", "runs"):
+            (folder / path.name).symlink_to(path)
+    # Make finds an environment that is newer than what it is made from, and does not make another.
+    binaries = folder / ".venv" / "bin"
+    binaries.parent.mkdir()
+    binaries.symlink_to(Path(sys.executable).parent)
+    (binaries.parent / ".installed").touch()
+    return folder
+
+
+def run(workspace, command):
+    done = subprocess.run(shlex.split(command), cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(workspace):
+    assert "make demo" in COMMANDS
+    output = run(workspace, "make demo")
+    return workspace / "runs/demo", output
+
+
+def test_it_learns_more_than_letter_triples(demo):
+    folder, output = demo
+    results = json.loads((folder / "results.json").read_text())
+    corpus = load_corpus(CheckpointReader(folder / "best").config.data)
+    order_2 = cross_entropy(corpus.tokens["train"], corpus.tokens["test"], corpus.vocab_size, order=2)
+    assert results["corpus"] == "enwik8-sample (true bytes)"
+    assert set(results["bpc_by_k"]) == {"1", "2", "4", "8", "16"}
+    assert results["bpc_by_k"]["16"] < order_2
+    assert f"{results['bpc_by_k']['16']:.4f}" in output
+
+
+def test_it_leaves_the_documented_folder(demo):
+    folder, _ = demo
+    for name in ("config.json", "ds_config.json", "environment.json", "metrics.jsonl", "train.log", "best"):
+        assert (folder / name).exists()
+    assert (folder / "plots/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "ds_config.json").read_text())["zero_optimization"]["stage"] == 1
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines]
+
+
+def test_the_embedding_has_learned_and_the_hypernetwork_has_not_moved_by_a_bit(demo):
+    folder, _ = demo
+    config = CheckpointReader(folder / "best").config
+    start = TransformerXL(config.model, config.moe, seed=config.training.seed)
+    trained = megamoe.load_model(folder)
+    trained_buffers = dict(trained.named_buffers())
+    hypernets = {name: value for name, value in start.named_buffers() if "hypernet" in name}
+    assert len(hypernets) == 4 * len(start.moe_layers)
+    for name, value in hypernets.items():
+        assert torch.equal(value, trained_buffers[name])
+    for before, after in zip(start.moe_layers, trained.moe_layers, strict=True):
+        assert not torch.equal(before.router.embedding, after.router.embedding)
+    other_seed = TransformerXL(config.model, replace(config.moe), seed=config.training.seed + 1)
+    assert not torch.equal(hypernets[name], dict(other_seed.named_buffers())[name])
+
+
+@pytest.mark.parametrize("command", FOLLOW_UPS)
+def test_follow_up(demo, workspace, command):
+    assert run(workspace, command).strip()
+
+
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_launch_line_is_a_valid_run(workspace, command):
+    """Its launcher is tried elsewhere; here its options are read as the run would read them."""
+    options = command.partition(" train ")[2]
+    file = re.search(r"--deepspeed_config (\S+)", options)
+    if file:
+        assert json.loads((workspace / file[1]).read_text())
+        options = options.replace(file[0], "")
+    assert json.loads(run(workspace, f".venv/bin/megamoe config {options}"))
+
+
+def test_the_readme_names_them_all():
+    assert len(FOLLOW_UPS) >= 4
+    assert len(LAUNCHES) >= 3
