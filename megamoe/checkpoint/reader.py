@@ -20,7 +20,7 @@ from megamoe.checkpoint.format import (
     TensorEntry,
     parse_object,
     step_folders,
-)  # fmt: skip
+)
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config import RunConfig, from_dict
 from megamoe.errors import CheckpointError, ConfigError
@@ -40,7 +40,10 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = Manifest.from_json(self._text(MANIFEST))
+        try:
+            self.manifest = Manifest.from_json(self._text(MANIFEST))
+        except CheckpointError as error:
+            raise self._error(str(error)) from None
         for name, stored in self.manifest.files.items():
             path = folder / name
             if not path.is_file():
@@ -62,7 +65,9 @@ class CheckpointReader:
         """Config of the run that was saved, its vocabulary size resolved."""
         try:
             return from_dict(parse_object(self._text(CONFIG), CONFIG))
-        except (CheckpointError, ConfigError) as error:
+        except CheckpointError as error:
+            raise self._error(str(error)) from None
+        except ConfigError as error:
             raise self._error(f"{CONFIG}: {error}") from None
 
     def names(self, kind: str) -> list[str]:
@@ -136,9 +141,9 @@ class CheckpointReader:
         try:
             return (self.folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise self._error(f"{name}: missing; not a checkpoint, or a torn one") from None
+            raise CheckpointError(f"{name}: missing; not a checkpoint, or a torn one") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise self._error(f"{name}: cannot be read ({error})") from None
+            raise CheckpointError(f"{name}: cannot be read ({error})") from None
 
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(f"checkpoint {str(self.folder)!r}: {problem}")

@@ -96,7 +96,7 @@ def test_a_truncated_shard_is_noticed_on_opening(folder):
 def test_a_truncated_manifest_is_noticed_on_opening(folder):
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text[: len(text) // 2])
-    with pytest.raises(CheckpointError, match="not valid JSON"):
+    with pytest.raises(CheckpointError, match=f"{folder.name}': manifest.json: not valid JSON"):
         CheckpointReader(folder)
 
 

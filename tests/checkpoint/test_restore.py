@@ -32,7 +32,7 @@ from tests.checkpoint.runs import (
     SmallRun,
     differing,
     held_tensors,
-)  # fmt: skip
+)
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("checkpoint")]
