@@ -62,6 +62,8 @@ def cases(world_size: int) -> Iterator[Case]:
         # Every parameter is gathered when needed and given up after, which small ones are spared by default.
         yield Case(1, 3, "all-partitioned", zero={"stage3_param_persistence_threshold": 0})
         yield Case(2, 1, "offloaded", zero={"offload_optimizer": {"device": "cpu"}})
+        yield Case(2, 1, "one-mixture", moe={"layers": "1"})
+        yield Case(1, 1, "no-mixture", moe={"layers": "none"})
 
 
 def parity(world_size: int) -> dict[str, dict[str, float]]:

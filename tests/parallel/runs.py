@@ -138,9 +138,12 @@ def deviations(mine: Trajectory, reference: Trajectory, engine: Engine) -> dict[
     return {
         "loss": max(abs(a - b) for a, b in zip(mine.losses, reference.losses, strict=True)),
         "auxiliary": max(
-            abs(a[name] - b[name])
-            for a, b in zip(mine.auxiliary, reference.auxiliary, strict=True)
-            for name in b
+            (
+                abs(a[name] - b[name])
+                for a, b in zip(mine.auxiliary, reference.auxiliary, strict=True)
+                for name in b
+            ),
+            default=0.0,
         ),
         "norm": max(abs(a / b - 1) for a, b in zip(mine.norms, reference.norms, strict=True)),
         "gradient": max(
@@ -158,11 +161,11 @@ def largest_difference(
     relative: bool = True,
 ) -> float:
     assert mine.keys() == reference.keys()
-    local = engine.model.moe_layers[0].experts.local
     worst = 0.0
     for name, tensor in mine.items():
         expected = reference[name]
         if ".experts." in name:
+            local = engine.model.moe_layers[0].experts.local
             expected = expected[local.start : local.stop]
         scale = reference[name].abs().max().clamp_min(1e-6) if relative else 1.0
         worst = max(worst, ((tensor - expected).abs().max() / scale).item())

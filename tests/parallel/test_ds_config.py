@@ -19,6 +19,7 @@ from megamoe.parallel.ds_config import (
     resolve_ds_config,
     uses_torch_adam,
 )
+from megamoe.parallel.ds_keys import REFUSED_KEYS
 
 PLAIN_CPU = Device("cpu", bf16=False, fp16=False)
 BF16_CPU = Device("cpu", bf16=True, fp16=False)
@@ -367,6 +368,14 @@ def test_every_file_resolves_where_the_hardware_has_it(file: Path) -> None:
         run = run_config(training={"batch_size": 16, "grad_clip": clip})
         resolved = resolve(ds, run, world_size, GPU)
         assert "auto" not in json.dumps(resolved).replace("torch_autocast", "")
+
+
+def test_the_documentation_lists_every_file_and_every_refused_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text()
+    assert len(FILES) > 10
+    missing = [file.name for file in FILES if f"`{file.name}`" not in text]
+    missing += [key for key in REFUSED_KEYS if key.rpartition(".")[2] not in text]
+    assert not missing
 
 
 def test_detection_gives_what_this_machine_computes() -> None:
