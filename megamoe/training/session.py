@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from megamoe.checkpoint.format import step_folders
+from megamoe.checkpoint.matching import require_same_options
 from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus, load_corpus
@@ -50,10 +51,9 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
         run = with_vocabulary(run, corpus)
         callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
         checkpoint = _checkpoint_to_resume(run, folder, world)
+        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, corpus))
         trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
-        if checkpoint is not None:
-            reader = agree(world, lambda: CheckpointReader(checkpoint))
-            require_same_tokens(reader, corpus)
+        if reader is not None:
             trainer.resume(reader)
         _rehearse(trainer)
         agree(world, lambda: _make_folder(run, ds_config, folder) if world.is_main else None)
@@ -134,11 +134,17 @@ def require_same_tokens(reader: CheckpointReader, corpus: Corpus) -> None:
 def _checkpoint_to_resume(run: RunConfig, folder: RunFolder, world: World) -> Path | None:
     """What rank 0 finds, on all ranks: looking twice while files appear could give two answers."""
     return world.gather_objects(
-        agree(world, lambda: _find_checkpoint(run, folder) if world.is_main else None)
+        agree(world, lambda: find_checkpoint(run, folder) if world.is_main else None)
     )[0]
 
 
-def _find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
+def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means; None starts from scratch.
+
+    Raises:
+        ConfigError: it says "never", and the run folder holds a run.
+        CheckpointError: the one it names does not exist, or the run folder holds damaged ones only.
+    """
     resume = run.checkpoint.resume
     if resume not in ("auto", "never"):
         return locate(resume)
@@ -156,6 +162,15 @@ def _find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
             " start over"
         )
     return found
+
+
+def _open_checkpoint(checkpoint: Path | None, run: RunConfig, corpus: Corpus) -> CheckpointReader | None:
+    if checkpoint is None:
+        return None
+    reader = CheckpointReader(checkpoint)
+    require_same_tokens(reader, corpus)
+    require_same_options(reader, run.model, run.moe)
+    return reader
 
 
 def _rehearse(trainer: Trainer) -> None:

@@ -1,0 +1,104 @@
+"""Runs commands as a user does, and one small training run for all tests of this folder."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megamoe.data.datasets import open_text
+from megamoe.data.prepare import prepare
+
+CONFIG = """
+name = "toy"
+[data]
+dataset = "text"
+path = "data"
+[model]
+n_layers = 2
+d_model = 16
+n_heads = 2
+d_head = 8
+dropout = 0.1
+segment_len = 16
+memory_len = 16
+[moe]
+n_experts = 4
+d_expert = 8
+top_k = 2
+router.name = "hyper"
+router.hyper_size = 8
+[training]
+batch_size = 4
+max_steps = 6
+[evaluation]
+every = 3
+batch_size = 4
+segment_len = 16
+[checkpoint]
+every = 3
+[logging]
+every = 2
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    output: str
+    errors: str
+
+
+def environment() -> dict[str, str]:
+    """As a user's shell has it: nothing of a launcher, one thread per process."""
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in launched}
+    scripts = str(Path(sys.executable).parent)
+    return inherited | {
+        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
+        "PATH": f"{scripts}{os.pathsep}{inherited['PATH']}",
+    }  # fmt: skip
+
+
+def call(command: Sequence[str], folder: Path) -> Done:
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def on_two_ranks(launcher: str, *arguments: str, folder: Path) -> Done:
+    """``megamoe ARGUMENTS`` by the launcher ``deepspeed --num_gpus`` or ``torchrun --nproc_per_node``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
+    return call([launcher, ranks, "2", "--master_port", str(port), "--module", "megamoe", *arguments], folder)
+
+
+def megamoe(*arguments: str, folder: Path) -> Done:
+    return call([sys.executable, "-m", "megamoe", *arguments], folder)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``toy.toml`` and a prepared text in ``data``."""
+    folder = tmp_path_factory.mktemp("project")
+    text = folder / "fox.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 150)
+    prepare(open_text([text], "the fox", by_lines=False), folder / "data", "bytes")
+    (folder / "toy.toml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def launched(project: Path) -> Done:
+    """The toy run on two ranks, by the deepspeed launcher."""
+    (project / "fp32.json").write_text('{"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}')
+    done = on_two_ranks(
+        "deepspeed", "train", "--config", "toy.toml", "--deepspeed_config", "fp32.json", folder=project
+    )
+    assert done.code == 0, done.errors
+    return done

@@ -1,0 +1,155 @@
+"""The command line without training: help, lists, and refusals of every kind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamoe.cli import COMMANDS, main
+from megamoe.config import from_dict
+from megamoe.config.presets import PRESETS, preset_values
+from megamoe.moe.routers import available
+from tests.cli.conftest import CONFIG, Done, megamoe
+
+pytestmark = pytest.mark.xdist_group("cli")
+
+
+def refusal(done: Done) -> str:
+    """The one line of a refusal."""
+    assert done.code == 2, done
+    assert done.output == ""
+    assert done.errors.startswith("megamoe: error: ")
+    assert done.errors.count("\n") == 1
+    return done.errors.removeprefix("megamoe: error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:\n" in text
+    assert f"megamoe {command}" in text.partition("examples:")[2]
+
+
+def test_presets_are_listed(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+
+
+def test_config_prints_what_a_run_would_use(capsys):
+    assert main(["config", "--preset", "tiny_enwik8", "moe.top_k=3"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["moe"]["top_k"] == 3
+    assert from_dict(printed).model == from_dict(preset_values("tiny_enwik8")).model
+
+
+def test_config_prints_the_reference_of_options(capsys):
+    assert main(["config", "--reference"]) == 0
+    documented = Path(__file__).parents[2] / "docs/configuration.md"
+    assert capsys.readouterr().out == documented.read_text(encoding="utf-8")
+
+
+def test_routers_are_listed_and_shown(capsys):
+    assert main(["routers"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in available())
+    assert main(["routers", "hyper"]) == 0
+    shown = capsys.readouterr().out
+    assert "O = reshape(W2 relu(W1 e + b1) + b2" in shown
+    assert "moe.router.hyper_size=256" in shown
+
+
+def test_env_prints_json(capsys):
+    assert main(["env"]) == 0
+    assert json.loads(capsys.readouterr().out)["packages"]["deepspeed"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "presets",
+        "config --preset tiny_enwik8",
+        "train --preset tiny_enwik8 moe.topk=3",
+        "evaluate",
+        "train --help",
+    ],
+)
+def test_quick_answers_import_no_torch(arguments):
+    code = (
+        "import sys\nfrom megamoe.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'deepspeed', 'numpy', 'rich', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("frobnicate", "argument COMMAND: invalid choice: 'frobnicate'"),
+        ("presets x=1", "'x=1': unknown argument; see megamoe --help"),
+        ("train --presets tiny_enwik8", "'--presets': unknown argument"),
+        ("train --preset tiny_enwik", "preset = 'tiny_enwik': unknown, did you mean 'tiny_enwik8'?"),
+        ("train --config missing.toml", "config file 'missing.toml': cannot be read"),
+        ("train --preset tiny_enwik8 moe.topk=2", "moe.topk = '2': unknown key, did you mean 'top_k'?"),
+        ("train --preset tiny_enwik8 top_k", "override 'top_k': write it as section.key=value"),
+        ("train --preset tiny_enwik8 moe.top_k=99", "moe.top_k = 99: stay at or below moe.n_experts = 16"),
+        ("train --preset tiny_enwik8 moe.ep_size=3", "moe.ep_size = 3: give a divisor of moe.n_experts = 16"),
+        ("train --deepspeed_config missing.json", "config file 'missing.json': cannot be read"),
+    ],
+)  # fmt: skip
+def test_refusals_of_the_config(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = main(arguments.split())
+    captured = capsys.readouterr()
+    assert refusal(Done(code, captured.out, captured.err)).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("moe.router.name=hypr", "moe.router.name = 'hypr': unknown policy, did you mean 'hyper'?"),
+        ("data.path=missing", "data.path = 'missing': "),
+        ("training.micro_batch_size=3", "training.batch_size = 4: is not 3 (micro-batch) * 1"),
+        ("evaluation.batch_size=9999", "evaluation.batch_size = 9999: leaves no token to predict"),
+        ("moe.router.name=dense moe.z_loss=0.1", "moe.z_loss = 0.1: set it to 0, policy 'dense'"),
+    ],
+)  # fmt: skip
+def test_refusals_before_anything_is_written(arguments, message, project, tmp_path):
+    (tmp_path / "toy.toml").write_text(CONFIG)
+    (tmp_path / "data").symlink_to(project / "data")
+    done = megamoe("train", "--config", "toy.toml", *arguments.split(), folder=tmp_path)
+    assert refusal(done).startswith(message)
+    assert {path.name for path in tmp_path.iterdir()} == {"toy.toml", "data"}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("runs/toy/checkpoints/step-000000006", "moe.d_expert = 9: checkpoint 'runs/toy"),
+        ("missing", "checkpoint 'missing': there is none"),
+    ],
+)  # fmt: skip
+def test_refusals_of_a_wrong_checkpoint(checkpoint, message, launched, project):
+    changes = ("name=other", "moe.d_expert=9", f"checkpoint.resume={checkpoint}")
+    done = megamoe("train", "--config", "toy.toml", *changes, folder=project)
+    assert refusal(done).startswith(message)
+    assert not (project / "runs/other").exists()
+
+
+def test_refusals_of_evaluate(launched, project):
+    done = megamoe("evaluate", "runs/toy/best", "model.d_model=3", folder=project)
+    assert refusal(done) == "model: belongs to the trained model; set data.* and evaluation.* only"
+    damaged = project / "damaged"
+    damaged.mkdir(exist_ok=True)
+    assert refusal(megamoe("evaluate", "damaged", folder=project)).startswith(
+        "checkpoint 'damaged': there is none"
+    )
