@@ -37,6 +37,7 @@ REFUSED_KEYS = {
     "zero_optimization.zenflow": "not tested with experts; remove the section",
     "bf16.bf16_master_weights_and_grads": "checkpoints hold fp32 master weights; remove the key",
     "bf16.bf16_optimizer_states": "checkpoints hold fp32 moments; remove the key",
+    "bf16.check_grad_overflow": "steps on gradients that are not finite are skipped always; remove the key",
     "fp16.fp16_master_weights_and_grads": "checkpoints hold fp32 master weights; remove the key",
     "data_types.buffer_dtype": "frozen hypernetworks are fp32 buffers; remove the key",
     "data_types.param_dtype": "bf16 or fp16 decide it; remove the key",

@@ -99,16 +99,13 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
 def _started_by(environ: Mapping[str, str]) -> _Variables | None:
     """The launcher that started each process by itself."""
-    # mpirun inside a Slurm step leaves the variables of its daemons' step in place. srun --mpi=pmi2
-    # sets PMI's beside its own, which say more.
-    for names in (_OPEN_MPI, _MPI, _SRUN):
-        if names.rank in environ and names.size in environ:
-            srun_agrees = all(
-                environ[mine] == environ.get(slurms)
-                for mine, slurms in ((names.rank, _SRUN.rank), (names.size, _SRUN.size))
-            )
-            return _SRUN if names is _MPI and srun_agrees else names
-    return None
+    # mpirun inside a Slurm step leaves the variables of its daemons' step in place, so MPI's count first.
+    # srun --mpi=pmi2 sets PMI's beside its own, which say more.
+    present = [names for names in (_OPEN_MPI, _MPI, _SRUN) if {names.rank, names.size} <= environ.keys()]
+    if present == [_MPI, _SRUN]:
+        mpi, srun = ([environ[names.rank], environ[names.size]] for names in present)
+        return _SRUN if mpi == srun else _MPI
+    return present[0] if present else None
 
 
 def _require_same_size(explicit: Launch, names: _Variables, environ: Mapping[str, str]) -> None:
@@ -316,9 +313,11 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
 
 
 def _share_cores(launch: Launch) -> None:
-    """Divide the cores among the processes of this node; each would take all of them."""
-    if launch.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
+    """Divide the cores of a node among its processes where nobody else has; each would use all of them."""
+    n_cores = os.cpu_count() or 1
+    bound = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < n_cores
+    if launch.local_size > 1 and not bound and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, n_cores // launch.local_size))
 
 
 def _quiet(launch: Launch) -> None:

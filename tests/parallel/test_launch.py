@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -143,6 +144,16 @@ def test_single_process_starts_without_a_port_and_can_start_again(monkeypatch: p
             start(Launch(1, 2, 1, 2))
         world.shutdown()
         assert not dist.is_initialized()
+
+
+def test_ranks_that_never_meet_are_told_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = Launch(1, 2, 1, 2, "environment", ("127.0.0.1", 9))
+    for name in launch.environment():
+        monkeypatch.setenv(name, "to be replaced")
+    with pytest.raises(
+        DistributedError, match=r"^MASTER_ADDR = 127.0.0.1, MASTER_PORT = 9: 2 processes could"
+    ):
+        start(launch, timeout=timedelta(seconds=1))
 
 
 def test_a_newcomers_console_stays_clean() -> None:
