@@ -28,7 +28,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         store = Path(folder) / "store"
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, str(store), pipes[rank][1], function, args))
+            context.Process(
+                target=_rank_main, args=(rank, world_size, str(store), pipes[rank][1], function, args)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -58,7 +60,12 @@ def _collect(receivers: list[Connection], processes: list[Any]) -> list[Any]:
 
 
 def _rank_main(
-    rank: int, world_size: int, store: str, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    store: str,
+    sender: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size),

@@ -52,4 +52,4 @@ def test_hypernetwork_width_that_the_scripts_ask_for(size):
 
 def test_a_preset_cannot_be_changed_through_its_values():
     preset_values("tiny_enwik8")["model"]["n_layers"] = 99
-    assert load_config(preset="tiny_enwik8").model.n_layers == 3
+    assert load_config(preset="tiny_enwik8").model.n_layers == 2
