@@ -130,7 +130,7 @@ def _batch_row(trainer: "Trainer") -> str:
     training, layout = trainer.run.training, trainer.engine.layout
     return (
         f"{training.batch_size} streams = {layout.micro_batch_size} per forward pass x {layout.accumulation}"
-        f" accumulated x {layout.world_size} ranks;"
+        f" passes per step x {layout.world_size} ranks;"
         f" {training.batch_size * trainer.run.model.segment_len:,} tokens per step"
     )
 

@@ -25,7 +25,7 @@ class Plateau:
 
     def observe(self, loss: float, optimizer: OptimizerConfig) -> None:
         """Take in a validation loss; past `patience` without improvement the rate falls by `decay_rate`."""
-        if self.best is None or loss < self.best * (1 - IMPROVEMENT):
+        if math.isfinite(loss) and (self.best is None or loss < self.best * (1 - IMPROVEMENT)):
             self.best, self.waited = loss, 0
             return
         self.waited += 1

@@ -1,5 +1,6 @@
 """The loop: batches through the engine, and callbacks told of it."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -164,26 +165,28 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score the validation split at `moe.top_k` and at all experts; the latter decides what is best."""
-        evaluation = self._evaluate("valid", (self.run.moe.top_k, self.run.moe.n_experts),
-                                    self.run.evaluation.max_tokens)  # fmt: skip
+        moe, max_tokens = self.run.moe, self.run.evaluation.max_tokens
+        evaluation = self._evaluate("valid", (moe.top_k, moe.n_experts), self.step, max_tokens)
         self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
         figure = evaluation.figure(evaluation.largest_k)
-        if self.best_figure is None or figure < self.best_figure:
+        if math.isfinite(figure) and (self.best_figure is None or figure < self.best_figure):
             self.best_figure, self.best_step = figure, self.step
         self._tell("on_evaluation", evaluation)
 
     def _score_test(self) -> None:
+        """Score the test split with the best weights, or with the last where no validation was finite."""
         if self.best_step is not None:
             reader = CheckpointReader(self.folder.best)
             restore_checkpoint(reader, self.engine, self.world, load_optimizer=False)
-        self._tell("on_evaluation", self._evaluate("test", self.run.evaluation.top_ks))
+        step = self.step if self.best_step is None else self.best_step
+        self._tell("on_evaluation", self._evaluate("test", self.run.evaluation.top_ks, step))
 
-    def _evaluate(self, split: str, wanted: Sequence[int], max_tokens: int = 0) -> Evaluation:
+    def _evaluate(self, split: str, wanted: Sequence[int], step: int, max_tokens: int = 0) -> Evaluation:
         self.engine.eval()
         try:
             return evaluate(
                 self.engine.forward, self.corpus, split, top_ks_to_score(self.run, wanted), self.run,
-                self.world, step=self.step, max_tokens=max_tokens,
+                self.world, step=step, max_tokens=max_tokens,
             )  # fmt: skip
         finally:
             self.engine.train()

@@ -1,4 +1,5 @@
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def test_plateau_falls_as_torch_does(patience, decay_rate):
         expected = oracle_optimizer.param_groups[0]["lr"]
         assert learning_rate(optimizer, 10, 100, plateau) == pytest.approx(expected)
     assert plateau.factor < 1
+
+
+def test_plateau_takes_a_loss_that_is_not_finite_for_no_improvement():
+    optimizer = OptimizerConfig(schedule="plateau", patience=1)
+    plateau = Plateau()
+    for loss in (math.nan, math.inf):
+        plateau.observe(loss, optimizer)
+    assert plateau == Plateau(factor=optimizer.decay_rate)
 
 
 def test_plateau_survives_a_checkpoint():
