@@ -1,5 +1,8 @@
 """What stays of a finished run: results.json, the image, and where everything is."""
 
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamoe.training.callbacks.callback import Callback
@@ -38,6 +41,14 @@ class ResultsCallback(Callback):
             f"\nweights with the lowest validation loss  {folder.best}\n"
             f"figures and curves                       {folder.results}, {image}\n"
             f"everything that was measured             {folder.metrics}\n\n"
-            f"next: megamoe evaluate {folder.best}          score it again, at any k\n"
-            f"      tensorboard --logdir {folder.tensorboard}"
+            f"next: {_script('megamoe')} evaluate {folder.best}  # score it again, at any k\n"
+            f"      {_script('tensorboard')} --logdir {folder.tensorboard}"
         )
+
+
+def _script(name: str) -> str:
+    """How to call a script of this environment here: by its name alone if the shell would find it."""
+    ours, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if not ours.exists() or (found and ours.samefile(found)):
+        return name
+    return str(ours.relative_to(Path.cwd()) if ours.is_relative_to(Path.cwd()) else ours)
