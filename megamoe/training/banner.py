@@ -69,7 +69,7 @@ def _rows(trainer: "Trainer") -> dict[str, str]:
     top_ks = top_ks_to_score(run, run.evaluation.top_ks)
     return {
         "run": f"{trainer.folder.root}  ({start}, {run.training.max_steps:,} steps)",
-        "corpus": f"{corpus.name}  ({corpus.unit}s: {sizes}; vocabulary {corpus.vocab_size:,})",
+        "corpus": f"{corpus.name}  ({corpus.unit}s: {sizes}; vocabulary {corpus.vocab_size:,}) {corpus.note}",
         "model": _model_row(trainer),
         "parameters": _parameter_row(trainer),
         "routing": _routing_row(trainer),
@@ -128,9 +128,10 @@ def _layout_row(trainer: "Trainer") -> str:
 
 def _batch_row(trainer: "Trainer") -> str:
     training, layout = trainer.run.training, trainer.engine.layout
+    accumulated = f" x {layout.accumulation} accumulated" if layout.accumulation > 1 else ""
     return (
-        f"{training.batch_size} streams = {layout.micro_batch_size} per forward pass x {layout.accumulation}"
-        f" passes per step x {layout.world_size} ranks;"
+        f"{training.batch_size} streams = {layout.micro_batch_size} per forward pass{accumulated}"
+        f" x {layout.world_size} rank{'s' * (layout.world_size > 1)};"
         f" {training.batch_size * trainer.run.model.segment_len:,} tokens per step"
     )
 
