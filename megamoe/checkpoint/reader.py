@@ -100,6 +100,10 @@ class CheckpointReader:
                 values[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return values
 
+    def release(self) -> None:
+        """Close the shards, so that what was read of them no longer occupies memory; reading reopens them."""
+        self._shards.clear()
+
     def verify(self) -> None:
         """Read everything: every hash must match, and every number of a float tensor must be finite.
 

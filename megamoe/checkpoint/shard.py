@@ -6,17 +6,53 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from megamoe.checkpoint.format import DTYPES, Manifest, Piece, StoredFile, TensorEntry, dtype_name
+from megamoe.checkpoint.format import DTYPES, MANIFEST, Manifest, Piece, StoredFile, TensorEntry, dtype_name
 from megamoe.errors import CheckpointError
+
+
+class Part(Protocol):
+    """A flat range of a global tensor, whose values are asked for when it is its turn to be written."""
+
+    @property
+    def kind(self) -> str:
+        """One of `format.KINDS`."""
+
+    @property
+    def name(self) -> str:
+        """Global name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+
+    @property
+    def start(self) -> int:
+        """First element of the range."""
+
+    @property
+    def stop(self) -> int:
+        """Element after the last."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type on disk; `stored_dtype` tells which."""
+
+    def on_host(self) -> torch.Tensor:
+        """The values in that type, 1-D and contiguous in host memory."""
+
+
+def stored_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """Type on disk of a tensor of `kind`: fp32 for weights and moments, whatever they are trained in."""
+    return dtype if kind in ("buffer", "memory") else torch.float32
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A flat range of a global tensor on its way into a shard.
+    """A `Part` whose values exist already.
 
     Attributes:
         kind: one of `format.KINDS`.
@@ -39,13 +75,12 @@ class Slice:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type on disk: fp32 for weights and moments, whatever they are trained in."""
-        return self.values.dtype if self.kind in ("buffer", "memory") else torch.float32
+        """Type on disk."""
+        return stored_dtype(self.kind, self.values.dtype)
 
-    @property
-    def key(self) -> str:
-        """Name inside the shard, which tells what the values are even without the manifest."""
-        return f"{self.kind}/{self.name}[{self.start}:{self.stop}]"
+    def on_host(self) -> torch.Tensor:
+        """The values as they are written; copied only where they must be."""
+        return self.values.detach().to("cpu", self.dtype).contiguous()
 
 
 @dataclass(frozen=True)
@@ -63,10 +98,10 @@ class Shard:
     entries: tuple[tuple[str, str, TensorEntry], ...]
 
 
-def write_shard(path: Path, slices: Iterable[Slice]) -> Shard:
-    """Write `slices` to `path` and sync it. One slice at a time is copied to host memory."""
-    # Larger elements first keeps every slice aligned to the size of its elements.
-    ordered = sorted(slices, key=lambda part: -part.dtype.itemsize)
+def write_shard(path: Path, parts: Iterable[Part]) -> Shard:
+    """Write `parts` to `path` and sync it. One part at a time is copied to host memory."""
+    # Larger elements first keeps every part aligned to the size of its elements.
+    ordered = sorted(parts, key=lambda part: -part.dtype.itemsize)
     file = write_file(path, _safetensors(ordered))
     return Shard(path.name, file, tuple(_entry(path.name, part) for part in ordered))
 
@@ -105,23 +140,39 @@ def merge(shards: Iterable[Shard], documents: dict[str, StoredFile]) -> Manifest
     return Manifest(files, tensors)
 
 
-def _entry(file: str, part: Slice) -> tuple[str, str, TensorEntry]:
-    piece = Piece(file, part.key, part.start, part.stop)
-    return part.kind, part.name, TensorEntry(part.shape, dtype_name(part.dtype), (piece,))
+def write_documents(folder: Path, documents: dict[str, str], shards: Sequence[Shard]) -> None:
+    """Complete a folder that holds `shards`: the JSON documents by name, then the manifest.
+
+    Raises:
+        CheckpointError: together the shards do not hold every element of every tensor exactly once.
+    """
+    written = {name: write_file(folder / name, [text.encode()]) for name, text in documents.items()}
+    write_file(folder / MANIFEST, [merge(shards, written).to_json().encode()])
 
 
-def _safetensors(slices: Sequence[Slice]) -> Iterator[Any]:
-    """The file's chunks: length of the header, the header, the slices in its order."""
+def _key(part: Part) -> str:
+    """Name inside the shard, which tells what the values are even without the manifest."""
+    return f"{part.kind}/{part.name}[{part.start}:{part.stop}]"
+
+
+def _entry(file: str, part: Part) -> tuple[str, str, TensorEntry]:
+    # A tensor without elements has no piece.
+    pieces = (Piece(file, _key(part), part.start, part.stop),) if part.stop > part.start else ()
+    return part.kind, part.name, TensorEntry(part.shape, dtype_name(part.dtype), pieces)
+
+
+def _safetensors(parts: Sequence[Part]) -> Iterator[Any]:
+    """The file's chunks: length of the header, the header, the values in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for part in slices:
-        begin, end = end, end + part.values.numel() * part.dtype.itemsize
+    for part in parts:
+        numel = part.stop - part.start
+        begin, end = end, end + numel * part.dtype.itemsize
         code = DTYPES[dtype_name(part.dtype)][1]
-        shape = [part.values.numel()]
-        header[part.key] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        header[_key(part)] = {"dtype": code, "shape": [numel], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
     yield text
-    for part in slices:
-        yield part.values.detach().to("cpu", part.dtype).contiguous().view(torch.uint8).numpy()
+    for part in parts:
+        yield part.on_host().view(torch.uint8).numpy()

@@ -10,8 +10,8 @@ import torch
 
 from megamoe.checkpoint.collective import on_all_ranks
 from megamoe.checkpoint.folder import clear_leftovers, publish, temporary
-from megamoe.checkpoint.format import CONFIG, MANIFEST, STATE, shard_file
-from megamoe.checkpoint.shard import Shard, Slice, merge, write_file, write_shard
+from megamoe.checkpoint.format import CONFIG, STATE, shard_file
+from megamoe.checkpoint.shard import Shard, Slice, write_documents, write_shard
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config.schema import RunConfig
 from megamoe.errors import CheckpointError
@@ -66,16 +66,6 @@ def save_checkpoint(
         if world.is_main:
             shutil.rmtree(temporary(folder), ignore_errors=True)
         raise
-
-
-def write_documents(folder: Path, documents: dict[str, str], shards: Sequence[Shard]) -> None:
-    """Complete a folder that holds `shards`: the JSON documents by name, then the manifest.
-
-    Raises:
-        CheckpointError: together the shards do not hold every element of every tensor exactly once.
-    """
-    written = {name: write_file(folder / name, [text.encode()]) for name, text in documents.items()}
-    write_file(folder / MANIFEST, [merge(shards, written).to_json().encode()])
 
 
 def memory_slices(memory: Sequence[torch.Tensor], rows: range, batch_size: int) -> Iterator[Slice]:

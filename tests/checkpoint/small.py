@@ -10,9 +10,8 @@ import torch
 
 from megamoe.checkpoint.folder import clear_leftovers, publish, temporary
 from megamoe.checkpoint.format import CONFIG, STATE, shard_file, step_folder
-from megamoe.checkpoint.shard import Slice, write_shard
+from megamoe.checkpoint.shard import Slice, write_documents, write_shard
 from megamoe.checkpoint.state import TrainingState
-from megamoe.checkpoint.writer import write_documents
 from megamoe.config import RunConfig
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.parallel.placement import saved_buffers

@@ -1,0 +1,1 @@
+"""Conversions between checkpoints: each reads and writes one tensor at a time."""
