@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RANKS ?= 2
+FREE_PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 # One thread per rank: two ranks on two cores are fastest so.
 export OMP_NUM_THREADS ?= 1
 
@@ -26,7 +27,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@touch $@
 
 demo: $(STAMP)  ## train tiny_enwik8 on two expert-parallel ranks and score it (about five minutes)
-	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus $(RANKS) --module megamoe train \
+	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(FREE_PORT) --module megamoe train \
 		--preset tiny_enwik8 --deepspeed_config ds_configs/zero1_auto.json name=demo
 
 test: $(STAMP)  ## run the whole test suite

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
 from megamoe.errors import DistributedError
 
@@ -302,13 +303,20 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
     if launch.world_size == 1:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
+    host, port = launch.address
+    place = f"MASTER_ADDR = {host}, MASTER_PORT = {port}"
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # Two jobs at one port would mix their ranks and wait for each other for ever.
+        if store.add(f"megamoe/rank {rank}", 1) > 1:
+            raise DistributedError(
+                f"{place}: another job is using this port, its rank {rank} was here first; choose another one"
+                " (--master_port)"
+            )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        host, port = launch.address
         raise DistributedError(
-            f"MASTER_ADDR = {host}, MASTER_PORT = {port}: {launch.world_size} processes could not meet there"
-            f" ({str(error).splitlines()[0]})"
+            f"{place}: {launch.world_size} processes could not meet there ({str(error).splitlines()[0]})"
         ) from error
 
 

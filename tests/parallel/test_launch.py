@@ -2,8 +2,10 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 
 import pytest
@@ -154,6 +156,33 @@ def test_ranks_that_never_meet_are_told_where(monkeypatch: pytest.MonkeyPatch) -
         DistributedError, match=r"^MASTER_ADDR = 127.0.0.1, MASTER_PORT = 9: 2 processes could"
     ):
         start(launch, timeout=timedelta(seconds=1))
+
+
+def test_two_jobs_at_one_port_are_told_apart() -> None:
+    """Rank 1 of another job comes to where ranks 0 and 1 of this one meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = "from megamoe.parallel.launch import read_launch, start; start(read_launch())"
+    ranks = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True,
+            env=os.environ | PLAIN | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port},
+        )
+        for name, rank in {"zero": "0", "one": "1", "stranger": "1"}.items()
+    }  # fmt: skip
+    try:
+        for _ in range(1200):
+            ended = [ranks[name] for name in ("one", "stranger") if ranks[name].poll() not in (None, 0)]
+            if ended:
+                break
+            time.sleep(0.1)
+        assert len(ended) == 1
+        assert f"MASTER_PORT = {port}: another job is using this port, its rank 1" in ended[0].stderr.read()
+    finally:
+        for process in ranks.values():
+            process.kill()
+            process.communicate()
 
 
 def test_a_newcomers_console_stays_clean() -> None:
