@@ -10,7 +10,11 @@ from types import ModuleType
 from megamoe.errors import MegaMoEError
 
 # Each is the module megamoe.convert.NAME, dashes being underscores; docs/converting.md describes them.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "upcycle": "dense to experts: copies, or shards of copies",
+    "split": "dense to experts: each gets a share of the hidden units",
+    "merge": "experts to dense",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

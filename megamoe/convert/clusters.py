@@ -1,0 +1,33 @@
+"""Clusters of equal size."""
+
+import torch
+from torch.nn.functional import normalize, one_hot
+
+from megamoe.moe.initialization import generator
+
+_MAX_ROUNDS = 50
+
+
+def balanced_clusters(rows_ND: torch.Tensor, n_clusters: int, seed: int) -> torch.Tensor:
+    """The cluster of each row, [N] int64, N / n_clusters rows in each: k-means on rows of length 1.
+
+    Each round assigns all rows at once at the least total squared distance (a linear assignment with
+    N x N costs), then moves the centres to the means; it ends when no row changes its cluster. The sum of
+    squared distances never rises.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    directions_ND = normalize(rows_ND.double(), dim=1)
+    size = len(rows_ND) // n_clusters
+    starts = torch.randperm(len(rows_ND), generator=generator(seed, "clusters"))[:n_clusters]
+    centres_CD = directions_ND[starts]
+    clusters_N = torch.full((len(rows_ND),), -1)
+    for _ in range(_MAX_ROUNDS):
+        # Of ||row - centre||^2 only the product matters: every centre is used equally often.
+        closeness_NN = (directions_ND @ centres_CD.T).repeat_interleave(size, dim=1)
+        seats = linear_sum_assignment(closeness_NN.numpy(), maximize=True)[1]
+        previous_N, clusters_N = clusters_N, torch.from_numpy(seats) // size
+        if torch.equal(clusters_N, previous_N):
+            break
+        centres_CD = one_hot(clusters_N, n_clusters).double().T @ directions_ND / size
+    return clusters_N
