@@ -9,7 +9,7 @@ Both hold the same numbers in the same layout; only names differ, and what each 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -65,15 +65,27 @@ def from_reference(state: Mapping[str, torch.Tensor], model: ModelConfig) -> dic
         CheckpointError: a tensor has no counterpart here, or one that `model` ties differs from the
             one it should equal.
     """
-    aliases = _aliases(model)
-    result = {}
-    for name, tensor in state.items():
-        if name in aliases:
-            _check_tied(name, tensor, aliases[name], state)
-        elif name != _FREQUENCIES and not _is_unused_router(name, state):
-            ours = _translate(name, _OURS)
-            result[ours] = tensor.flatten() if ours.endswith("router.embedding") else tensor
-    return result
+    for name, source in aliases(model).items():
+        if name in state and source in state:
+            check_tied(name, state[name], source, state[source])
+    return {
+        ours: state[name].flatten() if is_router_embedding(ours) else state[name]
+        for name, ours in our_names(state, model).items()
+    }
+
+
+def our_names(names: Collection[str], model: ModelConfig) -> dict[str, str]:
+    """By published name, for those that are kept: the name of the tensor in `TransformerXL`.
+
+    Raises:
+        CheckpointError: a tensor has no counterpart here.
+    """
+    left_out = {_FREQUENCIES, *aliases(model)}
+    return {
+        name: _translate(name, _OURS)
+        for name in names
+        if name not in left_out and not _is_unused_router(name, names)
+    }
 
 
 def to_reference(state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -84,11 +96,35 @@ def to_reference(state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[
     """
     result = {}
     for name, tensor in state.items():
-        reference = _translate(name, _THEIRS)
-        result[reference] = tensor[None] if reference.endswith("gate.embedding") else tensor
-    result |= {alias: result[source] for alias, source in _aliases(model).items()}
+        reference = published_name(name)
+        result[reference] = tensor[None] if is_router_embedding(name) else tensor
+    result |= {alias: result[source] for alias, source in aliases(model).items()}
     result[_FREQUENCIES] = inverse_frequencies(model.d_model)
     return result
+
+
+def published_name(name: str) -> str:
+    """The published name of a tensor of `TransformerXL`.
+
+    Raises:
+        CheckpointError: it has no counterpart there.
+    """
+    return _translate(name, _THEIRS)
+
+
+def is_router_embedding(name: str) -> bool:
+    """Whether `name`, one of ours, is the vector that generates a router: [1, D] there, [D] here."""
+    return name.endswith("router.embedding")
+
+
+def check_tied(name: str, values: torch.Tensor, source: str, source_values: torch.Tensor) -> None:
+    """Refuse published tensors that should be one and differ.
+
+    Raises:
+        CheckpointError: they do.
+    """
+    if not torch.equal(values, source_values):
+        raise CheckpointError(f"tensor {name!r}: differs from {source!r}, set model.tie_weights=false")
 
 
 def optimizer_order(names: Iterable[str]) -> list[str]:
@@ -117,24 +153,19 @@ def _translate(name: str, names: Mapping[str, str]) -> str:
     return names[pattern].replace("#", number)
 
 
-def _aliases(model: ModelConfig) -> dict[str, str]:
+def aliases(model: ModelConfig) -> dict[str, str]:
     """Published names of tensors that are listed twice there, and the names they are kept under."""
-    aliases = {}
+    names = {}
     if model.tie_weights:
         for i in range(len(vocabulary_tables(model))):
-            aliases[f"crit.out_layers.{i}.weight"] = f"word_emb.emb_layers.{i}.weight"
+            names[f"crit.out_layers.{i}.weight"] = f"word_emb.emb_layers.{i}.weight"
     if model.tie_projections and needs_projections(model):
         for i in range(1, len(vocabulary_clusters(model))):
             source = i if model.div_val > 1 else 0
-            aliases[f"crit.out_projs.{i}"] = f"word_emb.emb_projs.{source}"
-    return aliases
+            names[f"crit.out_projs.{i}"] = f"word_emb.emb_projs.{source}"
+    return names
 
 
-def _check_tied(name: str, tensor: torch.Tensor, source: str, state: Mapping[str, torch.Tensor]) -> None:
-    if source in state and not torch.equal(tensor, state[source]):
-        raise CheckpointError(f"tensor {name!r}: differs from {source!r}, set model.tie_weights=false")
-
-
-def _is_unused_router(name: str, state: Mapping[str, torch.Tensor]) -> bool:
+def _is_unused_router(name: str, names: Collection[str]) -> bool:
     layer, separator, _ = name.partition("gate.gate.")
-    return bool(separator) and f"{layer}gate.embedding" in state
+    return bool(separator) and f"{layer}gate.embedding" in names
