@@ -26,7 +26,7 @@ class TrainingState:
         schedule: state of a learning-rate schedule that has any (plateau).
         corpus: what the figures are called: name, unit, metric, whether it is a sample.
         tokenizer: text to token ids, as ``tokenizer.to_dict()`` writes it.
-        engine: counters of the engine; `save_checkpoint` fills them in.
+        engine: counters of the engine; `CheckpointWriter.save` fills them in.
     """
 
     step: int

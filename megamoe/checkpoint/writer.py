@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from megamoe.checkpoint.collective import on_all_ranks
 from megamoe.checkpoint.folder import clear_leftovers, publish, temporary
 from megamoe.checkpoint.format import CONFIG, STATE, shard_file
 from megamoe.checkpoint.shard import Shard, Slice, write_documents, write_shard
+from megamoe.checkpoint.staging import Staging
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config.schema import RunConfig
 from megamoe.errors import CheckpointError
@@ -20,56 +23,128 @@ from megamoe.parallel.fragments import TrainingEngine, owned_fragments
 from megamoe.parallel.launch import World
 
 
-def save_checkpoint(
-    folder: Path,
-    engine: TrainingEngine,
-    state: TrainingState,
-    world: World,
-    *,
-    run: RunConfig,
-    memory: Iterable[Slice] = (),
-) -> None:
-    """Save a run between two optimizer steps. All ranks must call it.
+@dataclass(frozen=True)
+class _Save:
+    """A state of the run on its way into its folders.
 
-    Args:
-        folder: where; named by `format.step_folder` or `format.BEST`, and replaced if it exists.
-        state: of the run; the engine's counters are filled in here.
-        run: the run's config with the vocabulary size resolved.
-        memory: what `memory_slices` gives for this rank.
-
-    Raises:
-        CheckpointError: on all ranks if any of them failed; nothing has changed then.
+    Attributes:
+        shards: what this rank writes, one for each folder.
     """
 
-    def start() -> None:
-        if world.is_main:
-            clear_leftovers(folder.parent)
-            temporary(folder).mkdir(parents=True)
+    folders: tuple[Path, ...]
+    documents: dict[str, str]
+    shards: Future[list[Shard]]
 
-    def write() -> Shard:
-        path = temporary(folder) / shard_file(world.rank, world.world_size)
-        return write_shard(path, [*_slices(engine), *memory])
 
-    def finish() -> None:
-        if world.is_main:
+class CheckpointWriter:
+    """Saves a run between optimizer steps. All ranks must make the same calls.
+
+    A thread writes this rank's shards and never communicates. In `poll` and `wait` the ranks agree that
+    all of them have written, rank 0 completes the folders, and the failure of one is raised on all.
+
+    Args:
+        world: the ranks.
+        background: return from `save` once this rank's part is copied to host memory, which stays
+            allocated between saves. Otherwise `save` returns when the checkpoint is complete.
+    """
+
+    def __init__(self, world: World, *, background: bool = False) -> None:
+        self._world = world
+        self._staging = Staging() if background else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Save | None = None
+
+    def save(
+        self,
+        folders: Sequence[Path],
+        engine: TrainingEngine,
+        state: TrainingState,
+        *,
+        run: RunConfig,
+        memory: Iterable[Slice] = (),
+    ) -> list[Path]:
+        """Save the present state, after completing the save before.
+
+        Args:
+            folders: where, each named by `format.step_folder` or `format.BEST`; replaced if it exists.
+            state: of the run; the engine's counters are filled in here.
+            run: the run's config with the vocabulary size resolved.
+            memory: what `memory_slices` gives for this rank.
+
+        Returns:
+            The folders that this call completed.
+
+        Raises:
+            CheckpointError: on all ranks if any of them failed. What was complete before stays.
+        """
+        complete = self.wait()
+        documents: dict[str, str] = {}
+        slices: list[Slice] = []
+
+        def start() -> None:
             counted = replace(state, engine=read_counters(engine.deepspeed))
-            documents = {CONFIG: json.dumps(run.to_dict(), indent=1), STATE: counted.to_json()}
-            write_documents(temporary(folder), documents, shards)
-            publish(folder)
+            documents.update({CONFIG: json.dumps(run.to_dict(), indent=1), STATE: counted.to_json()})
+            slices.extend([*_slices(engine), *memory])
+            if self._staging is not None:
+                slices[:] = self._staging.copy(slices)
+            if self._world.is_main:
+                _make_temporary(folders)
 
-    what = f"saving {folder.name}"
-    try:
-        on_all_ranks(world, what, start)
-        shards = on_all_ranks(world, what, write)
-        on_all_ranks(world, what, finish)
-    except CheckpointError:
-        if world.is_main:
-            shutil.rmtree(temporary(folder), ignore_errors=True)
-        raise
+        with self._all_or_nothing(folders) as what:
+            on_all_ranks(self._world, what, start)
+        written = self._thread.submit(self._write, folders, slices)
+        self._pending = _Save(tuple(folders), documents, written)
+        return complete if self._staging is not None else self.wait()
+
+    def poll(self) -> list[Path]:
+        """Complete the save before if every rank has written its part; no rank waits for that.
+
+        Returns:
+            The folders that became complete.
+
+        Raises:
+            CheckpointError: as `save` does.
+        """
+        if self._pending is None:
+            return []
+        writing = torch.tensor(float(not self._pending.shards.done()), device=self._world.device)
+        return [] if self._world.sum(writing) else self.wait()
+
+    def wait(self) -> list[Path]:
+        """Complete the save before, if there is one; see `poll`."""
+        if self._pending is None:
+            return []
+        save, self._pending = self._pending, None
+
+        def publish_all() -> None:
+            if self._world.is_main:
+                for folder, *shards in zip(save.folders, *written, strict=True):
+                    write_documents(temporary(folder), save.documents, shards)
+                    publish(folder)
+
+        with self._all_or_nothing(save.folders) as what:
+            written = on_all_ranks(self._world, what, save.shards.result)
+            on_all_ranks(self._world, what, publish_all)
+        return list(save.folders)
+
+    def _write(self, folders: Sequence[Path], slices: Sequence[Slice]) -> list[Shard]:
+        name = shard_file(self._world.rank, self._world.world_size)
+        return [write_shard(temporary(folder) / name, slices) for folder in folders]
+
+    @contextmanager
+    def _all_or_nothing(self, folders: Sequence[Path]) -> Iterator[str]:
+        """Remove what is half written if any rank fails. Gives the name of the work, for messages."""
+        try:
+            yield f"saving {' and '.join(folder.name for folder in folders)}"
+        except CheckpointError:
+            if self._world.is_main:
+                for folder in folders:
+                    shutil.rmtree(temporary(folder), ignore_errors=True)
+            raise
 
 
 def memory_slices(memory: Sequence[torch.Tensor], rows: range, batch_size: int) -> Iterator[Slice]:
-    """This rank's part of the Transformer-XL memory, for `save_checkpoint`.
+    """This rank's part of the Transformer-XL memory, for `CheckpointWriter.save`.
 
     Args:
         memory: for each layer [B, M, D], B = len(rows); nothing is stored while M is 0.
@@ -81,6 +156,13 @@ def memory_slices(memory: Sequence[torch.Tensor], rows: range, batch_size: int) 
             _, M, D = memory_BMD.shape
             values = memory_BMD.detach().reshape(-1)
             yield Slice("memory", f"layers.{layer}", (batch_size, M, D), rows.start * M * D, values)
+
+
+def _make_temporary(folders: Iterable[Path]) -> None:
+    for parent in {folder.parent for folder in folders}:
+        clear_leftovers(parent)
+    for folder in folders:
+        temporary(folder).mkdir(parents=True)
 
 
 def _slices(engine: TrainingEngine) -> Iterator[Slice]:

@@ -264,6 +264,9 @@ class CheckpointConfig:
     every: int = option(4000, "steps between checkpoints; 0: only at the end")
     keep_last: int = option(2, "newest checkpoints kept")
     keep_every: int = option(0, "also keep each checkpoint whose step is a multiple of this; 0: none")
+    async_write: bool = option(
+        True, "write while training goes on, from a copy in host memory; false waits for the disk"
+    )
     resume: str = option("auto", "auto: the newest in the run folder; never; or a checkpoint folder")
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megamoe.checkpoint.folder import clear_leftovers
 from megamoe.checkpoint.format import step_folders
 from megamoe.checkpoint.matching import require_same_options
 from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
@@ -133,9 +134,16 @@ def require_same_tokens(reader: CheckpointReader, corpus: Corpus) -> None:
 
 def _checkpoint_to_resume(run: RunConfig, folder: RunFolder, world: World) -> Path | None:
     """What rank 0 finds, on all ranks: looking twice while files appear could give two answers."""
-    return world.gather_objects(
-        agree(world, lambda: find_checkpoint(run, folder) if world.is_main else None)
-    )[0]
+
+    def find() -> Path | None:
+        if not world.is_main:
+            return None
+        if run.checkpoint.resume == "auto":
+            for parent in (folder.root, folder.checkpoints):
+                clear_leftovers(parent)
+        return find_checkpoint(run, folder)
+
+    return world.gather_objects(agree(world, find))[0]
 
 
 def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:

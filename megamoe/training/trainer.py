@@ -1,5 +1,6 @@
 """The loop: batches through the engine, and callbacks told of it."""
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -9,14 +10,14 @@ from typing import Any
 
 import torch
 
-from megamoe.checkpoint.format import step_folder
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.restore import read_memory, restore_checkpoint
 from megamoe.checkpoint.state import TrainingState
-from megamoe.checkpoint.writer import memory_slices, save_checkpoint
+from megamoe.checkpoint.writer import CheckpointWriter, memory_slices
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
 from megamoe.data.stream import TokenStream
+from megamoe.errors import CheckpointError, MegaMoEError
 from megamoe.moe.initialization import generator
 from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routing import Routing
@@ -29,6 +30,8 @@ from megamoe.training.guard import Guard
 from megamoe.training.learning_rate import Plateau, learning_rate
 from megamoe.training.run_folder import RunFolder
 from megamoe.training.window import Window
+
+logger = logging.getLogger(__name__)
 
 Memory = tuple[torch.Tensor, ...]
 
@@ -79,6 +82,7 @@ class Trainer:
         self.best_figure: float | None = None
         self.best_step: int | None = None
         self.last_checkpoint: Path | None = None
+        self._writer = CheckpointWriter(world, background=run.checkpoint.async_write)
         self._guard = Guard(run, world)
         self._window = Window()
 
@@ -88,11 +92,21 @@ class Trainer:
             self._tell("on_train_start")
             while self.step < self.run.training.max_steps:
                 self._advance()
+            self.wait_for_save()
             self._score_test()
             self._tell("on_train_end")
         except BaseException as error:
+            self._keep_last_save(error)
             self._tell("on_error", error)
             raise
+
+    def _keep_last_save(self, error: BaseException) -> None:
+        """Complete what is being written if every rank has met `error`, so that none waits for another."""
+        if isinstance(error, MegaMoEError):
+            try:
+                self.wait_for_save()
+            except CheckpointError as failure:
+                logger.error("%s", failure)
 
     def _advance(self) -> None:
         begin = time.perf_counter()
@@ -104,6 +118,7 @@ class Trainer:
         if self.is_due(self.run.evaluation.every):
             self._validate()
         self._tell("on_step_end", record)
+        self._announce(self._writer.poll())
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps (0: at the end alone) is due after this step."""
@@ -210,27 +225,31 @@ class Trainer:
         if reader.folder.resolve().is_relative_to(self.folder.root.resolve()):
             self.best_figure, self.best_step = state.best_metric, state.best_step
 
-    def save(self) -> None:
-        """Write ``checkpoints/step-*`` for the present step."""
-        folder = self.folder.checkpoints / step_folder(self.step)
-        self._save(folder)
-        self.last_checkpoint = folder
-        self._tell("on_checkpoint", folder)
+    def save(self, folders: Sequence[Path]) -> None:
+        """Write the present state into each of `folders`, in the background if the run says so.
 
-    def save_best(self) -> None:
-        """Write the present weights into ``best/``."""
-        self._save(self.folder.best)
-
-    def _save(self, folder: Path) -> None:
+        Callbacks are told of each folder after the step by which it is complete.
+        """
         memory: list[torch.Tensor] = []
         if self.memories[0] is not None:
             parts = [memory for memory in self.memories if memory is not None]
             memory = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-        save_checkpoint(
-            folder, self.engine, self._state(), self.world,
+        complete = self._writer.save(
+            folders, self.engine, self._state(),
             run=self.run,
             memory=memory_slices(memory, self.engine.rows, self.run.training.batch_size),
         )  # fmt: skip
+        self._announce(complete)
+
+    def wait_for_save(self) -> None:
+        """Complete the checkpoint that is still being written, if there is one; on all ranks."""
+        self._announce(self._writer.wait())
+
+    def _announce(self, complete: Sequence[Path]) -> None:
+        for folder in complete:
+            if folder.parent == self.folder.checkpoints:
+                self.last_checkpoint = folder
+            self._tell("on_checkpoint", folder)
 
     def _state(self) -> TrainingState:
         corpus = self.corpus

@@ -1,6 +1,6 @@
 """A small training run on the ranks at hand, and what its checkpoints hold."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.restore import read_memory, restore_checkpoint
 from megamoe.checkpoint.shard import Slice
 from megamoe.checkpoint.state import TrainingState
-from megamoe.checkpoint.writer import memory_slices, save_checkpoint
+from megamoe.checkpoint.writer import CheckpointWriter, memory_slices
 from megamoe.config import RunConfig, from_dict
 from megamoe.config.load import merge
 from megamoe.moe.initialization import generator
@@ -93,8 +93,14 @@ class SmallRun:
         return memory_slices(layers, self.engine.rows, self.run.training.batch_size)
 
     def save(self, folder: Path, memory: Iterable[Slice] | None = None, **state: Any) -> None:
-        save_checkpoint(
-            folder, self.engine, TrainingState(step=self.step, **state), self.world,
+        self.start_save(CheckpointWriter(self.world), [folder], memory, **state)
+
+    def start_save(
+        self, writer: CheckpointWriter, folders: Sequence[Path], memory: Iterable[Slice] | None = None,
+        **state: Any,
+    ) -> list[Path]:  # fmt: skip
+        return writer.save(
+            folders, self.engine, TrainingState(step=self.step, **state),
             run=replace(self.run, model=self.engine.model.model_config),
             memory=self.memory() if memory is None else memory,
         )  # fmt: skip

@@ -50,7 +50,7 @@ def write_small(
     config: RunConfig | None = None,
     **state: Any,
 ) -> Path:
-    """Save `tensors` in the order in which `save_checkpoint` does it."""
+    """Save `tensors` in the order in which `CheckpointWriter` does it."""
     tensors = some_tensors() if tensors is None else tensors
     clear_leftovers(folder.parent)
     temporary(folder).mkdir(parents=True)

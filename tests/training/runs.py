@@ -61,6 +61,7 @@ class Recorder(Callback):
         values = {name: getattr(record, name) for name in names}
         self.steps.append(values | {"loss": float(record.loss)})
         if record.step == self.cut_after:
+            trainer.wait_for_save()
             raise CutError
 
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:

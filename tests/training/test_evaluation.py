@@ -33,7 +33,8 @@ def evaluate_everywhere(folder: str) -> dict[str, Any]:
     trainer = build_trainer(run, FP32, world, [])
     trainer.engine.eval()
     sharded = evaluate(trainer.engine.forward, corpus, "valid", TOP_KS, run, world)
-    trainer.save_best()
+    trainer.save([trainer.folder.best])
+    trainer.wait_for_save()
     whole = load_model(trainer.folder.best)
     return {
         "sharded": sharded,

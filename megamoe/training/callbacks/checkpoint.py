@@ -1,11 +1,12 @@
 """When checkpoints are written, and which are kept."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megamoe.checkpoint.format import step_folder
 from megamoe.checkpoint.retention import prune
 from megamoe.config.schema import CheckpointConfig
 from megamoe.training.callbacks.callback import Callback, StepRecord
-from megamoe.training.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from megamoe.training.trainer import Trainer
@@ -17,14 +18,15 @@ class CheckpointCallback(Callback):
     def __init__(self, config: CheckpointConfig) -> None:
         self.config = config
 
-    def on_evaluation(self, trainer: "Trainer", evaluation: Evaluation) -> None:
-        """Write ``best/`` when it has a new owner."""
-        if evaluation.split == "valid" and trainer.best_step == trainer.step:
-            trainer.save_best()
-
     def on_step_end(self, trainer: "Trainer", record: StepRecord) -> None:
-        """Write ``checkpoints/step-*`` where it is due, then delete those that are not to be kept."""
+        """Write ``best/`` if it has a new owner and ``checkpoints/step-*`` if it is due, from one copy."""
+        folders = [trainer.folder.best] if trainer.best_step == trainer.step else []
         if trainer.is_due(self.config.every):
-            trainer.save()
-            if trainer.world.is_main:
-                prune(trainer.folder.checkpoints, self.config.keep_last, self.config.keep_every)
+            folders.append(trainer.folder.checkpoints / step_folder(trainer.step))
+        if folders:
+            trainer.save(folders)
+
+    def on_checkpoint(self, trainer: "Trainer", folder: Path) -> None:
+        """Delete those that are not to be kept."""
+        if trainer.world.is_main and folder.parent == trainer.folder.checkpoints:
+            prune(folder.parent, self.config.keep_last, self.config.keep_every)
