@@ -98,7 +98,7 @@ def _tiny(corpus: str) -> dict[str, Any]:
 
 
 def _cluster(corpus: str, size: str) -> dict[str, Any]:
-    """About 1 and 20 billion parameters: pre-norm for depth, experts in every second layer."""
+    """About 1.2 and 18 billion parameters: pre-norm for depth, experts in every second layer."""
     n_layers, d_model, n_heads, n_experts, d_expert = {
         "xl": (16, 1024, 16, 128, 512),
         "xxl": (32, 2048, 32, 256, 1024),
@@ -132,7 +132,7 @@ def _all_presets() -> Iterator[Preset]:
     yield Preset("tiny_text8", "the same on letters and spaces", _tiny("text8"))
     yield Preset("tiny_wikitext2", "the same on words", _tiny("wikitext2"))
     yield from _published_presets()
-    for size, scale in (("xl", "1 billion"), ("xxl", "20 billion")):
+    for size, scale in (("xl", "1.2 billion"), ("xxl", "18 billion")):
         for corpus in CORPORA:
             summary = f"cluster run of about {scale} parameters on {corpus}"
             yield Preset(f"{size}_{corpus}", summary, _cluster(corpus, size))
