@@ -21,7 +21,9 @@ VERSION = 1
 MANIFEST, CONFIG, STATE = "manifest.json", "config.json", "state.json"
 BEST = "best"
 """Name of the folder that holds the checkpoint with the best validation figure."""
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "buffer", "memory")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TRAINED = ("weight", *MOMENTS)
+KINDS = (*TRAINED, "buffer", "memory")
 # What the manifest calls a dtype, and what a safetensors header calls it.
 DTYPES = {
     "float64": (torch.float64, "F64"),
@@ -35,6 +37,8 @@ DTYPES = {
     "uint8": (torch.uint8, "U8"),
     "bool": (torch.bool, "BOOL"),
 }
+_MOST_DIMENSIONS = 8
+_MOST_ELEMENTS = 1 << 62  # of a shape whose zeros are taken for ones; what an int64 can count
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -118,12 +122,36 @@ class Manifest:
         used: set[tuple[str, str]] = set()
         for kind, name, entry in self.entries():
             _check_entry(f"{kind} {name!r}", entry)
+            self._check_kind(kind, name, entry)
             for piece in entry.pieces:
                 if piece.file not in self.files:
                     raise CheckpointError(f"{MANIFEST}: {kind} {name!r} is in unlisted file {piece.file!r}")
                 if (piece.file, piece.key) in used:
                     raise CheckpointError(f"{MANIFEST}: {piece.key!r} of {piece.file} is used twice")
                 used.add((piece.file, piece.key))
+        self._check_sizes()
+
+    def _check_kind(self, kind: str, name: str, entry: TensorEntry) -> None:
+        if kind in TRAINED and entry.dtype != "float32":
+            raise CheckpointError(f"{MANIFEST}: {kind} {name!r}: dtype = {entry.dtype!r}: not float32")
+        if kind in MOMENTS:
+            weight = self.tensors.get("weight", {}).get(name)
+            if weight is None or weight.shape != entry.shape:
+                raise CheckpointError(
+                    f"{MANIFEST}: {kind} {name!r}: there is no weight of that name and shape"
+                )
+
+    def _check_sizes(self) -> None:
+        """No file is smaller than its pieces, so reading a tensor needs no more memory than the files."""
+        n_bytes = dict.fromkeys(self.files, 0)
+        for _, _, entry in self.entries():
+            for piece in entry.pieces:
+                n_bytes[piece.file] += (piece.stop - piece.start) * DTYPES[entry.dtype][0].itemsize
+        for name, needed in n_bytes.items():
+            if needed > self.files[name].size:
+                raise CheckpointError(
+                    f"{MANIFEST}: {name}: holds {self.files[name].size} bytes, its tensors {needed}"
+                )
 
     def entries(self) -> Iterator[tuple[str, str, TensorEntry]]:
         """``(kind, name, entry)`` of every tensor."""
@@ -176,15 +204,29 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
     """The JSON object in `text`; `name` is the file it came from.
 
     Raises:
-        CheckpointError: it is not JSON, or not an object.
+        CheckpointError: it is not JSON or not an object, repeats a key, or holds a number that is not finite.
     """
     try:
-        body = json.loads(text)
+        body = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: not valid JSON ({str(error)[:80]})") from None
     if not isinstance(body, dict):
         raise CheckpointError(f"{name}: holds no JSON object")
     return body
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key comes twice")
+    return values
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -227,6 +269,11 @@ def _check_entry(where: str, entry: TensorEntry) -> None:
         raise CheckpointError(f"{MANIFEST}: {where}: dtype = {entry.dtype!r}: not one of {', '.join(DTYPES)}")
     if not all(type(size) is int and size >= 0 for size in entry.shape):
         raise CheckpointError(f"{MANIFEST}: {where}: shape = {list(entry.shape)!r:.80}: not sizes")
+    if (
+        len(entry.shape) > _MOST_DIMENSIONS
+        or math.prod(max(size, 1) for size in entry.shape) > _MOST_ELEMENTS
+    ):
+        raise CheckpointError(f"{MANIFEST}: {where}: shape = {list(entry.shape)!r:.80}: too large")
     covered = 0
     for piece in entry.pieces:
         if piece.start != covered or piece.stop <= piece.start:

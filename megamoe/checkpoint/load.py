@@ -1,5 +1,6 @@
 """A checkpoint as a model to use: no DeepSpeed, no process group."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -13,28 +14,45 @@ from megamoe.models.transformer_xl import TransformerXL
 from megamoe.parallel.placement import saved_buffers
 
 
-def load_model(path: str | Path) -> TransformerXL:
+def load_model(path: str | Path, *, verify: bool = True) -> TransformerXL:
     """The trained model in evaluation mode, on the CPU in fp32, with all experts.
 
     Args:
         path: a run folder, whose newest checkpoint is taken; or a ``step-*`` or ``best`` folder.
+        verify: compare the files with their hashes first, so that no damaged number is loaded.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is not what its config says.
+        CheckpointError: there is no complete checkpoint, or it is not what its manifest and config say.
     """
     reader = CheckpointReader(locate(path))
-    config = reader.config
-    try:
-        model = TransformerXL(config.model, config.moe, seed=config.training.seed)
-    except ConfigError as error:
-        raise CheckpointError(f"checkpoint {str(reader.folder)!r}: {CONFIG}: {error}") from None
+    if verify:
+        reader.verify_files()
+    model = _without_values(reader)
     require_same_tensors(reader, model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.tensor("weight", name))
-        for name, buffer in saved_buffers(model).items():
-            buffer.copy_(reader.tensor("buffer", name))
+    tensors = {name: reader.tensor("weight", name) for name, _ in model.named_parameters()}
+    for name, buffer in saved_buffers(model).items():
+        tensors[name] = reader.tensor("buffer", name).to(buffer.dtype)
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def _without_values(reader: CheckpointReader) -> TransformerXL:
+    """The model of the checkpoint's config. It occupies no memory, whatever a damaged config asks for."""
+    model, moe = reader.config.model, reader.config.moe
+    experts = len(moe.layer_indices(model.n_layers)) * moe.n_experts
+    if experts > sum(math.prod(reader.shape("weight", name)) for name in reader.names("weight")):
+        raise _wrong_config(reader, f"moe.n_experts = {moe.n_experts}: more than the weights it holds")
+    try:
+        with torch.device("meta"):
+            return TransformerXL(model, moe, seed=reader.config.training.seed)
+    except ConfigError as error:
+        raise _wrong_config(reader, str(error)) from None
+    except (RuntimeError, TypeError, ArithmeticError) as error:
+        raise _wrong_config(reader, f"describes no model ({str(error)[:80]!r})") from None
+
+
+def _wrong_config(reader: CheckpointReader, problem: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {str(reader.folder)!r}: {CONFIG}: {problem}")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

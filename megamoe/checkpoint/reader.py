@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run folder that holds its ``step-*`` folders."""
+_LARGEST_DOCUMENT = 1 << 28
+_CORRUPT = "sha256 differs from the manifest's; it is corrupt"
 
 
 class CheckpointReader:
@@ -46,8 +48,8 @@ class CheckpointReader:
             raise self._error(str(error)) from None
         for name, stored in self.manifest.files.items():
             path = folder / name
-            if not path.is_file():
-                raise self._error(f"{name}: missing; the checkpoint is torn")
+            if path.is_symlink() or not path.is_file():
+                raise self._error(f"{name}: missing, or not a plain file; the checkpoint is torn")
             if path.stat().st_size != stored.size:
                 raise self._error(f"{name}: holds {path.stat().st_size} bytes, not {stored.size}; it is torn")
         self._shards: dict[str, Any] = {}
@@ -56,7 +58,7 @@ class CheckpointReader:
     def state(self) -> TrainingState:
         """State of the run that was saved."""
         try:
-            return TrainingState.from_json(self._text(STATE))
+            return TrainingState.from_json(self._document(STATE))
         except CheckpointError as error:
             raise self._error(str(error)) from None
 
@@ -64,10 +66,10 @@ class CheckpointReader:
     def config(self) -> RunConfig:
         """Config of the run that was saved, its vocabulary size resolved."""
         try:
-            return from_dict(parse_object(self._text(CONFIG), CONFIG))
+            return from_dict(parse_object(self._document(CONFIG), CONFIG))
         except CheckpointError as error:
             raise self._error(str(error)) from None
-        except ConfigError as error:
+        except (ConfigError, TypeError, ValueError) as error:
             raise self._error(f"{CONFIG}: {error}") from None
 
     def names(self, kind: str) -> list[str]:
@@ -104,16 +106,32 @@ class CheckpointReader:
         """Close the shards, so that what was read of them no longer occupies memory; reading reopens them."""
         self._shards.clear()
 
+    def verify_files(self, part: int = 0, n_parts: int = 1) -> None:
+        """Compare the bytes of every file with the hashes in the manifest.
+
+        Args:
+            part: which share of the files, where several processes share them out.
+            n_parts: number of shares.
+
+        Raises:
+            CheckpointError: naming the first file that differs.
+        """
+        for name in sorted(self.manifest.files)[part::n_parts]:
+            try:
+                with (self.folder / name).open("rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise self._error(f"{name}: cannot be read ({error})") from None
+            if sha256 != self.manifest.files[name].sha256:
+                raise self._error(f"{name}: {_CORRUPT}")
+
     def verify(self) -> None:
         """Read everything: every hash must match, and every number of a float tensor must be finite.
 
         Raises:
             CheckpointError: naming the first file or tensor that is wrong.
         """
-        for name, stored in self.manifest.files.items():
-            with (self.folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != stored.sha256:
-                    raise self._error(f"{name}: sha256 differs from the manifest's; it is corrupt")
+        self.verify_files()
         for kind, name, entry in self.manifest.entries():
             for piece in entry.pieces:
                 values = self._stored(entry, piece)[:]
@@ -141,11 +159,20 @@ class CheckpointReader:
             raise self._error(f"{piece.file}: {piece.key} is {found}, the manifest says {expected}")
         return stored
 
+    def _document(self, name: str) -> str:
+        text = self._text(name)
+        if hashlib.sha256(text.encode()).hexdigest() != self.manifest.files[name].sha256:
+            raise CheckpointError(f"{name}: {_CORRUPT}")
+        return text
+
     def _text(self, name: str) -> str:
+        path = self.folder / name
         try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise CheckpointError(f"{name}: missing; not a checkpoint, or a torn one") from None
+            if path.is_symlink() or not path.is_file():
+                raise CheckpointError(f"{name}: missing; not a checkpoint, or a torn one")
+            if path.stat().st_size > _LARGEST_DOCUMENT:
+                raise CheckpointError(f"{name}: holds {path.stat().st_size} bytes; too many for what it is")
+            return path.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{name}: cannot be read ({error})") from None
 

@@ -14,7 +14,12 @@ from megamoe.parallel.launch import World
 
 
 def restore_checkpoint(
-    reader: CheckpointReader, engine: Engine, world: World, *, load_optimizer: bool = True
+    reader: CheckpointReader,
+    engine: Engine,
+    world: World,
+    *,
+    load_optimizer: bool = True,
+    verify: bool = True,
 ) -> TrainingState:
     """Put a checkpoint into a running engine. All ranks must call it; each reads only what it holds.
 
@@ -23,6 +28,7 @@ def restore_checkpoint(
         engine: of the same model; ranks, ZeRO stage and precision are free.
         world: the ranks.
         load_optimizer: False takes the weights alone and starts Adam and the step counters afresh.
+        verify: compare the files with their hashes first; the ranks share them out.
 
     Returns:
         The state of the saved run.
@@ -31,13 +37,19 @@ def restore_checkpoint(
         CheckpointError: on all ranks, if the checkpoint is of another model or some rank cannot read it.
     """
 
-    def load() -> None:
+    def check() -> None:
         require_same_options(reader, engine.model.model_config, engine.model.moe_config)
         require_same_tensors(reader, engine.model)
+        if verify:
+            reader.verify_files(world.rank, world.world_size)
+
+    def load() -> None:
         optimizer_step = reader.state.engine.optimizer_step if load_optimizer else 0
         restore_fragments(engine, reader.read, optimizer_step=optimizer_step)
 
-    on_all_ranks(world, f"loading {reader.folder.name}", load)
+    what = f"loading {reader.folder.name}"
+    on_all_ranks(world, what, check)
+    on_all_ranks(world, what, load)
     publish_weights(engine)
     if load_optimizer:
         restore_counters(engine.deepspeed, reader.state.engine)
@@ -60,7 +72,12 @@ def read_memory(reader: CheckpointReader, rows: range, batch_size: int) -> tuple
     memory = []
     for layer in range(len(reader.names("memory"))):
         name = f"layers.{layer}"
-        B, M, D = reader.shape("memory", name)
+        shape = reader.shape("memory", name)
+        if len(shape) != 3 or shape[2] != reader.config.model.d_model:
+            raise CheckpointError(
+                f"memory {name}: {list(shape)} in checkpoint {str(reader.folder)!r}, not [B, M, d_model]"
+            )
+        B, M, D = shape
         if batch_size != B:
             raise CheckpointError(
                 f"training.batch_size = {batch_size}: checkpoint {str(reader.folder)!r} holds the memory of"

@@ -87,6 +87,7 @@ class ModelConfig:
             "model", self, "n_layers", "d_model", "n_heads", "d_head", "d_inner", "segment_len",
             "div_val", "init_std", "projection_init_std",
         )  # fmt: skip
+        _require(self.n_layers <= 10_000, "model.n_layers", self.n_layers, "stay at or below 10000")
         _require_fraction("model", self, "dropout", "attention_dropout")
         for name in ("vocab_size", "memory_len", "clamp_len", "d_embed"):
             value = getattr(self, name)

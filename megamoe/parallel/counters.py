@@ -52,9 +52,9 @@ def restore_counters(engine: Any, counters: EngineCounters) -> None:
     # Saving happens between optimizer steps, and accumulation may be another one now.
     engine.micro_steps = counters.global_steps * engine.gradient_accumulation_steps()
     scaler = _dynamic_loss_scaler(engine)
-    for name, value in counters.loss_scaler.items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
+    if scaler:
+        for name in counters.loss_scaler.keys() & set(_SCALER_FIELDS):
+            setattr(scaler, name, counters.loss_scaler[name])
 
 
 def _dynamic_loss_scaler(engine: Any) -> Any:

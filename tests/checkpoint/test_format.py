@@ -7,7 +7,7 @@ from megamoe.checkpoint.format import Manifest, Piece, StoredFile, TensorEntry, 
 from megamoe.errors import CheckpointError
 
 FILES = {
-    name: StoredFile(1, "00") for name in ("config.json", "state.json", "a.safetensors", "b.safetensors")
+    name: StoredFile(99, "00") for name in ("config.json", "state.json", "a.safetensors", "b.safetensors")
 }
 PIECES = (Piece("a.safetensors", "x", 0, 4), Piece("b.safetensors", "x", 4, 6))
 

@@ -118,36 +118,38 @@ def test_a_broken_header_is_one_error(folder):
         CheckpointReader(folder).tensor(*WEIGHT)
 
 
+TABLE = ("buffer", "layers.0.moe.router.table")
+
+
 def rewritten(folder, **entry):
     """The same files under a manifest that tells something else about one tensor."""
     manifest = Manifest.from_json((folder / "manifest.json").read_text())
-    old = manifest.tensors["weight"][WEIGHT[1]]
+    kind, name = TABLE
+    old = manifest.tensors[kind][name]
     values = {"shape": old.shape, "dtype": old.dtype, "pieces": old.pieces} | entry
-    weights = manifest.tensors["weight"] | {WEIGHT[1]: TensorEntry(**values)}
-    lie = Manifest(manifest.files, manifest.tensors | {"weight": weights})
+    lie = Manifest(manifest.files, manifest.tensors | {kind: {name: TensorEntry(**values)}})
     (folder / "manifest.json").unlink()
     write_file(folder / "manifest.json", [lie.to_json().encode()])
-    return CheckpointReader(folder), old
+    return CheckpointReader(folder)
 
 
 def test_a_wrong_dtype_is_noticed_on_reading(folder):
-    reader, _ = rewritten(folder, dtype="int32")
-    with pytest.raises(CheckpointError, match=r"\('F32', \[20\]\), the manifest says \('I32', \[20\]\)"):
-        reader.tensor(*WEIGHT)
+    with pytest.raises(CheckpointError, match=r"\('I64', \[3\]\), the manifest says \('F64', \[3\]\)"):
+        rewritten(folder, dtype="float64").tensor(*TABLE)
 
 
 def test_a_wrong_length_is_noticed_on_reading(folder):
-    pieces = CheckpointReader(folder).manifest.tensors["weight"][WEIGHT[1]].pieces
+    pieces = CheckpointReader(folder).manifest.tensors["buffer"][TABLE[1]].pieces
     longer = [Piece(p.file, p.key, p.start + i, p.stop + i + 1) for i, p in enumerate(pieces)]
-    reader, _ = rewritten(folder, shape=(63,), pieces=tuple(longer))
+    reader = rewritten(folder, shape=(12,), pieces=tuple(longer))
     with pytest.raises(CheckpointError, match="manifest says"):
-        reader.tensor(*WEIGHT)
+        reader.tensor(*TABLE)
 
 
 def test_a_key_that_is_not_there_is_named(folder):
-    reader, _ = rewritten(folder, shape=(1,), pieces=(Piece(shard(folder).name, "nothing", 0, 1),))
+    reader = rewritten(folder, shape=(1,), pieces=(Piece(shard(folder).name, "nothing", 0, 1),))
     with pytest.raises(CheckpointError, match="nothing"):
-        reader.tensor(*WEIGHT)
+        reader.tensor(*TABLE)
 
 
 def test_numbers_that_are_not_finite_are_found_by_verifying(tmp_path):
@@ -162,14 +164,30 @@ def test_state_and_config_are_read_strictly(folder):
     reader = CheckpointReader(folder)
     assert reader.state.step == 1
     assert reader.config.moe.n_experts == 16
-    size = (folder / "state.json").stat().st_size
-    (folder / "state.json").write_text(json.dumps({"step": "x"}).ljust(size))
+    replace_documents(folder, {"state.json": {"step": "x"}, "config.json": {"moe": {"experts": 3}}})
     with pytest.raises(CheckpointError, match="step = 'x': expected int"):
         _ = CheckpointReader(folder).state
-    size = (folder / "config.json").stat().st_size
-    (folder / "config.json").write_text(json.dumps({"moe": {"experts": 3}}).ljust(size))
     with pytest.raises(CheckpointError, match=r"config.json: moe.experts = 3: unknown key"):
         _ = CheckpointReader(folder).config
+
+
+def replace_documents(folder, documents):
+    """Other documents under a manifest that knows them."""
+    manifest = Manifest.from_json((folder / "manifest.json").read_text())
+    files = dict(manifest.files)
+    for name, content in documents.items():
+        (folder / name).unlink()
+        files[name] = write_file(folder / name, [json.dumps(content).encode()])
+    (folder / "manifest.json").write_text(Manifest(files, manifest.tensors).to_json())
+
+
+@pytest.mark.parametrize("name", ["state.json", "config.json"])
+def test_a_changed_document_is_noticed_on_reading(folder, name):
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace("1", "2", 1))
+    reader = CheckpointReader(folder)
+    with pytest.raises(CheckpointError, match=rf"{name}: sha256 differs"):
+        getattr(reader, name.removesuffix(".json"))
 
 
 def test_latest_is_the_newest_complete_one(tmp_path, caplog):
