@@ -11,6 +11,7 @@ from megamoe.errors import MegaMoEError
 
 # Each is the module megamoe.convert.NAME, dashes being underscores; docs/converting.md describes them.
 COMMANDS: dict[str, str] = {
+    "from-reference": "published HyperRouter or SMoE-Dropout model.pt and optimizer.pt to neutral",
     "upcycle": "dense to experts: copies, or shards of copies",
     "split": "dense to experts: each gets a share of the hidden units",
     "merge": "experts to dense",
