@@ -31,7 +31,7 @@ demo: $(STAMP)  ## train tiny_enwik8 on two expert-parallel ranks and score it (
 		--preset tiny_enwik8 --deepspeed_config ds_configs/zero1_auto.json name=demo
 
 test: $(STAMP)  ## run the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: $(STAMP)  ## check style, types and the layering of the rooms
 	$(BIN)/ruff format --check .

@@ -27,7 +27,7 @@ COMMANDS = [
 FOLLOW_UPS = [command for command in COMMANDS if command.startswith(".venv/bin/megamoe")]
 LAUNCHES = [command for command in COMMANDS if " train " in command]
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

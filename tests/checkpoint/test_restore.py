@@ -35,7 +35,7 @@ from tests.checkpoint.runs import (
 )
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("checkpoint")]
+pytestmark = pytest.mark.distributed
 
 ORIGIN = "step-000000002"
 OTHER_SEED = {"training": {"seed": 7}}

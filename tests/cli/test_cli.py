@@ -13,8 +13,6 @@ from megamoe.config.presets import PRESETS, preset_values
 from megamoe.moe.routers import available
 from tests.cli.conftest import CONFIG, Done, megamoe
 
-pytestmark = pytest.mark.xdist_group("cli")
-
 
 def refusal(done: Done) -> str:
     """The one line of a refusal."""

@@ -12,7 +12,7 @@ import pytest
 from megamoe.training.metrics_file import read_metrics
 from tests.cli.conftest import CONFIG, Done, environment, megamoe, on_two_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("cli")]
+pytestmark = pytest.mark.distributed
 
 
 def test_a_run_by_the_deepspeed_launcher(launched: Done, project: Path) -> None:
