@@ -6,6 +6,7 @@ Keys of ``moe.router`` other than ``name`` belong to the policy and are collecte
 
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -21,8 +22,10 @@ T = TypeVar("T")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean X?" for the known word closest to `word`, or a list of all of them."""
+    """The remedy for `word`: the known word closest to it, or a list of all of them."""
     names = sorted(known)
+    if not names:
+        return "there are none to choose from, leave it out"
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
 
@@ -199,6 +202,8 @@ def _convert_scalar(hint: type, value: Any, name: str) -> Any:
         raise ConfigError(f"{name} = {value!r}: expected a number")
     try:
         number = float(value)
+        if not math.isfinite(number):
+            raise ConfigError(f"{name} = {value!r}: expected a finite number")
         if hint is float:
             return number
         whole = int(value) if not isinstance(value, float) else int(number)

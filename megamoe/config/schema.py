@@ -8,6 +8,7 @@ meet (`megamoe.parallel.ds_config`, `megamoe.training`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import PurePath
 from typing import Any, Literal
 
 from megamoe.errors import ConfigError
@@ -203,6 +204,8 @@ class OptimizerConfig:
         for name in ("weight_decay", "warmup_steps", "min_lr", "patience"):
             value = getattr(self, name)
             _require(value >= 0, f"optimizer.{name}", value, "give 0 or more")
+        _require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr,
+                 f"stay at or below optimizer.lr = {self.lr:g}")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +310,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.moe.layer_indices(self.model.n_layers)
+        place = PurePath(self.name)
+        _require(not place.is_absolute() and ".." not in place.parts, "name", self.name,
+                 "name a folder below output_dir, and change output_dir to write elsewhere")  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars; `megamoe.config.load.from_dict` reads them back."""

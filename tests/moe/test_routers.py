@@ -43,6 +43,10 @@ def test_every_policy_says_what_it_is(name):
             RouterConfig(options={"hypersize": 64}),
             "moe.router.hypersize = 64: unknown key, did you mean 'hyper_size'?",
         ),
+        (
+            RouterConfig(name="smoe", options={"hyper_size": 64}),
+            "moe.router.hyper_size = 64: unknown key, there are none to choose from, leave it out",
+        ),
         (RouterConfig(options={"hyper_size": "a"}), "moe.router.hyper_size = 'a': expected a whole number"),
         (RouterConfig(options={"hyper_size": 0}), "moe.router.hyper_size = 0: give a number above 0"),
         (
