@@ -40,7 +40,7 @@ DTYPES = {
 _MOST_DIMENSIONS = 8
 _MOST_ELEMENTS = 1 << 62  # of a shape whose zeros are taken for ones; what an int64 can count
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
-_PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 T = TypeVar("T")
 
@@ -134,6 +134,8 @@ class Manifest:
     def _check_kind(self, kind: str, name: str, entry: TensorEntry) -> None:
         if kind in TRAINED and entry.dtype != "float32":
             raise CheckpointError(f"{MANIFEST}: {kind} {name!r}: dtype = {entry.dtype!r}: not float32")
+        if kind == "memory" and len(entry.shape) != 3:
+            raise CheckpointError(f"{MANIFEST}: {kind} {name!r}: shape = {list(entry.shape)}: not [B, M, D]")
         if kind in MOMENTS:
             weight = self.tensors.get("weight", {}).get(name)
             if weight is None or weight.shape != entry.shape:

@@ -72,12 +72,11 @@ def read_memory(reader: CheckpointReader, rows: range, batch_size: int) -> tuple
     memory = []
     for layer in range(len(reader.names("memory"))):
         name = f"layers.{layer}"
-        shape = reader.shape("memory", name)
-        if len(shape) != 3 or shape[2] != reader.config.model.d_model:
+        B, M, D = reader.shape("memory", name)
+        if reader.config.model.d_model != D:
             raise CheckpointError(
-                f"memory {name}: {list(shape)} in checkpoint {str(reader.folder)!r}, not [B, M, d_model]"
+                f"memory {name}: {D} wide in checkpoint {str(reader.folder)!r}, unlike its model"
             )
-        B, M, D = shape
         if batch_size != B:
             raise CheckpointError(
                 f"training.batch_size = {batch_size}: checkpoint {str(reader.folder)!r} holds the memory of"
