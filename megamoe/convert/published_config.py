@@ -26,7 +26,8 @@ def run_config(
         optimizer: settings of its optimizer, if known.
 
     Raises:
-        CheckpointError: a tensor that every such model has is missing, or its router is not known here.
+        CheckpointError: a tensor that every such model has is missing, its router is not known here, or its
+            cut-offs must be given.
         ConfigError: a setting is not valid.
     """
     values = {
@@ -34,7 +35,12 @@ def run_config(
         "moe": _mixture(published),
         "optimizer": optimizer or {},
     }
-    return from_dict(merge(values, parse_overrides(overrides)))
+    config = from_dict(merge(values, parse_overrides(overrides)))
+    if "crit.cluster_weight" in published.tensors and not config.model.cutoffs:
+        raise CheckpointError(
+            f"file {str(published.path)!r}: does not hold model.cutoffs; give model.cutoffs=A,B,..."
+        )
+    return config
 
 
 def _shape(published: PublishedModel, name: str, n_dims: int) -> tuple[int, ...]:
@@ -83,10 +89,6 @@ def _cutoffs(published: PublishedModel, sizes: list[int]) -> list[int]:
     if len(sizes) > 1:
         return list(accumulate(sizes[:-1]))
     described = published.attribute("word_emb", "cutoffs")
-    if described is None and "crit.cluster_weight" in published.tensors:
-        raise CheckpointError(
-            f"file {str(published.path)!r}: model.cutoffs: not in a state dict; give model.cutoffs=A,B,..."
-        )
     return described[:-1] if isinstance(described, list) else []
 
 

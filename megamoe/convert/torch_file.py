@@ -13,7 +13,7 @@ import torch
 from megamoe.convert.pickles import LARGEST_PICKLE, Name, Vocabulary, unpickle
 from megamoe.errors import CheckpointError
 
-_DTYPES = {
+STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -142,7 +142,7 @@ class TorchFile:
         return raw.view(dtype)
 
     def _is_known(self, name: Name) -> bool:
-        if name.module == "torch" and name.name in _DTYPES:
+        if name.module == "torch" and name.name in STORAGE_DTYPES:
             return True
         return any(
             name.module == allowed or (allowed.endswith(".*") and name.module.startswith(allowed[:-1]))
@@ -152,9 +152,9 @@ class TorchFile:
     def _storage(self, identity: Any) -> tuple[str, torch.dtype, int]:
         """Key, dtype and length of the storage that a persistent id names."""
         kind, storage_type, key, _, numel = identity
-        if kind != "storage" or not isinstance(key, str) or storage_type.name not in _DTYPES:
+        if kind != "storage" or not isinstance(key, str) or storage_type.name not in STORAGE_DTYPES:
             raise ValueError("not a storage")
-        dtype = _DTYPES[storage_type.name]
+        dtype = STORAGE_DTYPES[storage_type.name]
         if numel * dtype.itemsize != self._member(f"data/{key}").file_size:
             raise ValueError(f"storage {key} is not as long as it claims")
         return key, dtype, numel

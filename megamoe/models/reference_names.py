@@ -55,7 +55,7 @@ NAMES = (
 _OURS = dict(NAMES)
 _THEIRS = {ours: reference for reference, ours in NAMES}
 _PLACES = {reference: place for place, (reference, _) in enumerate(NAMES)}
-_FREQUENCIES = "pos_emb.inv_freq"
+FREQUENCIES = "pos_emb.inv_freq"
 
 
 def from_reference(state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def our_names(names: Collection[str], model: ModelConfig) -> dict[str, str]:
     Raises:
         CheckpointError: a tensor has no counterpart here.
     """
-    left_out = {_FREQUENCIES, *aliases(model)}
+    left_out = {FREQUENCIES, *aliases(model)}
     return {
         name: _translate(name, _OURS)
         for name in names
@@ -99,7 +99,7 @@ def to_reference(state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[
         reference = published_name(name)
         result[reference] = tensor[None] if is_router_embedding(name) else tensor
     result |= {alias: result[source] for alias, source in aliases(model).items()}
-    result[_FREQUENCIES] = inverse_frequencies(model.d_model)
+    result[FREQUENCIES] = inverse_frequencies(model.d_model)
     return result
 
 
