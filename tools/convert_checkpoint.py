@@ -12,6 +12,7 @@ from megamoe.errors import MegaMoEError
 # Each is the module megamoe.convert.NAME, dashes being underscores; docs/converting.md describes them.
 COMMANDS: dict[str, str] = {
     "from-reference": "published HyperRouter or SMoE-Dropout model.pt and optimizer.pt to neutral",
+    "from-transformer-xl": "dense Transformer-XL model or state dict to neutral",
     "to-reference": "neutral to a state dict and Adam state that the published program loads",
     "upcycle": "dense to experts: copies, or shards of copies",
     "split": "dense to experts: each gets a share of the hidden units",
