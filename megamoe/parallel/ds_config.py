@@ -16,7 +16,7 @@ from megamoe.config.load import nearest
 from megamoe.config.schema import RunConfig
 from megamoe.errors import ConfigError
 from megamoe.parallel.device import Device
-from megamoe.parallel.ds_keys import check_keys, require_section
+from megamoe.parallel.ds_keys import check_keys, check_values, require_section
 
 DsConfig = dict[str, Any]
 
@@ -69,6 +69,7 @@ def resolve_ds_config(run: RunConfig, ds: Mapping[str, Any], world_size: int, de
     _resolve_offload(resolved, device)
     for path in _leftovers(resolved):
         raise ConfigError(f'{path} = "auto": there is no rule for it; give a value or leave it out')
+    check_values(resolved)
     return resolved
 
 
@@ -237,6 +238,7 @@ def _resolve_optimizer(run: RunConfig, ds: DsConfig, device: Device) -> None:
             ' make them equal, or write "auto" in the DeepSpeed config'
         )
     params = section.setdefault("params", {})
+    require_section("optimizer.params", params)
     known = {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam"}
     for key in params:
         if key not in known:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from megamoe.config.load import nearest
 from megamoe.errors import ConfigError
 
@@ -59,6 +61,21 @@ def check_keys(ds: Mapping[str, Any]) -> None:
                 raise ConfigError(f'{name}.enabled = {section["enabled"]!r}: give true, false or "auto"')
 
 
+def check_values(ds: Mapping[str, Any]) -> None:
+    """Refuse values that DeepSpeed's own models of its sections do not take; `ds` holds no "auto" any more.
+
+    Raises:
+        ConfigError: the first such value.
+    """
+    for name, model in _section_models().items():
+        try:
+            model(**ds.get(name, {}))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            path = ".".join(map(str, (name, *problem["loc"])))
+            raise ConfigError(f"{path} = {problem['input']!r}: {problem['msg']}") from None
+
+
 def require_section(name: str, value: object) -> Mapping[str, Any]:
     """`value`, which must be a table.
 
@@ -81,15 +98,22 @@ def _check(section: Mapping[str, Any], known: Iterable[str], path: str) -> None:
 
 def _section_keys() -> dict[str, Iterable[str]]:
     """What sections may hold; ZeRO's and the precisions' keys are as many as the installed DeepSpeed has."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero = DeepSpeedZeroConfig.model_fields
-    return {
-        "zero_optimization": {*zero, *(field.alias for field in zero.values() if field.alias)},
-        "bf16": DeepSpeedBF16Config.model_fields,
-        "fp16": DeepSpeedFP16Config.model_fields,
+    known: dict[str, Iterable[str]] = {
+        name: {*model.model_fields, *(field.alias for field in model.model_fields.values() if field.alias)}
+        for name, model in _section_models().items()
+    }
+    return known | {
         "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
         "data_types": ("grad_accum_dtype",),
         "optimizer": ("type", "params"),
     }
+
+
+def _section_models() -> dict[str, type[BaseModel]]:
+    """DeepSpeed's models of its sections."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {
+        "zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
+    }  # fmt: skip

@@ -321,6 +321,21 @@ def test_only_states_offloaded_from_a_gpu_need_a_compiled_adam(
             {"optimizer": {"type": "Adam", "params": {"learning_rate": 1.0}}, **ZERO1},
             "optimizer.params.learning_rate: unknown key, choose from adam_w_mode, betas",
         ),
+        (
+            {},
+            {"optimizer": {"type": "Adam", "params": []}, **ZERO1},
+            "optimizer.params = []: is a section of the DeepSpeed config",
+        ),
+        (
+            {},
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "many"}},
+            "zero_optimization.reduce_bucket_size = 'many': Input should be a valid integer",
+        ),
+        (
+            {},
+            {"bf16": {"enabled": True, "immediate_grad_update": 7}, **ZERO1},
+            "bf16.immediate_grad_update = 7: Input should be a valid boolean",
+        ),
     ],
 )
 def test_refused(sections: dict[str, Any], ds: dict[str, Any], message: str) -> None:
