@@ -41,7 +41,9 @@ class AttentionSpan:
 
     def __post_init__(self) -> None:
         if self.same_length and self.memory_len == 0:
-            raise ConfigError("same_length = True: needs a memory_len above 0, the length in question")
+            raise ConfigError(
+                "model.same_length = True: needs model.memory_len above 0, the length that all tokens see"
+            )
 
 
 class AttentionInputs(NamedTuple):

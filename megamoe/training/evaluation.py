@@ -103,12 +103,21 @@ def top_ks_to_score(run: RunConfig, wanted: Iterable[int]) -> tuple[int, ...]:
 
 
 def evaluation_span(run: RunConfig) -> AttentionSpan:
-    """What attention sees at evaluation; `evaluation.memory_len = auto` keeps the span of training."""
+    """What attention sees at evaluation; `evaluation.memory_len = auto` keeps the span of training.
+
+    Raises:
+        ConfigError: every token is to see equally many positions of a memory that has none.
+    """
     memory_len = run.evaluation.memory_len
     if memory_len == "auto":
-        memory_len = run.model.memory_len + run.model.segment_len - run.evaluation.segment_len
+        memory_len = max(0, run.model.memory_len + run.model.segment_len - run.evaluation.segment_len)
+    if run.evaluation.same_length and memory_len == 0:
+        raise ConfigError(
+            f"evaluation.same_length = True: evaluation.memory_len = {run.evaluation.memory_len!r} leaves no"
+            " memory, whose length it takes; set evaluation.memory_len above 0"
+        )
     return AttentionSpan(
-        memory_len=max(0, memory_len),
+        memory_len=memory_len,
         same_length=run.evaluation.same_length,
         clamp_len=run.evaluation.clamp_len,
     )

@@ -22,11 +22,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of steps past `step`, and a torn last line, from a file that may not exist."""
+def drop_after(path: Path, step: int, last_step: int) -> None:
+    """Remove what a run to `last_step`, resumed at `step`, writes again, and a torn last line.
+
+    That is the lines of later steps, and the test figures of the last, which has been done if the run is
+    finished. The file may not exist.
+    """
     if not path.exists():
         return
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+
+    def is_written_again(line: Mapping[str, Any]) -> bool:
+        tested = any(name.startswith("test/") for name in line)
+        return line["step"] > step or (tested and line["step"] == last_step)
+
+    kept = [line for line in read_metrics(path) if not is_written_again(line)]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(map(to_line, kept)), encoding="utf-8")
     temporary.replace(path)

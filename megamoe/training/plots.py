@@ -83,9 +83,10 @@ def _token_axis(axes: "Axes", lines: Lines) -> None:
 
 def _test_figures(axes: "Axes", lines: Lines, metric: str) -> None:
     axes.set_title(f"Test {metric} by number of active experts")
-    named = _by_k(lines, f"test/{metric}")
+    # Figures that are not finite are null in the file.
+    named = [(k, name) for k, name in _by_k(lines, f"test/{metric}") if len(_series(lines, name)[0])]
     if not named:
-        _say(axes, "no test figures yet")
+        _say(axes, "no finite test figures")
         return
     values = [float(_series(lines, name)[1][-1]) for _, name in named]
     places = range(len(named))

@@ -24,7 +24,7 @@ from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.launch import Launch, World, start
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
-from megamoe.training.evaluation import top_ks_to_score
+from megamoe.training.evaluation import evaluation_span, top_ks_to_score
 from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.trainer import Trainer
 
@@ -46,6 +46,7 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
     ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
     resolve_options(run.moe.router)
     top_ks_to_score(run, run.evaluation.top_ks)
+    evaluation_span(run)
     folder = RunFolder.of(run)
     with joined(launch) as world:
         corpus = agree(world, lambda: load_checked_corpus(run))
@@ -178,7 +179,28 @@ def _open_checkpoint(checkpoint: Path | None, run: RunConfig, corpus: Corpus) ->
     reader = CheckpointReader(checkpoint)
     require_same_tokens(reader, corpus)
     require_same_options(reader, run.model, run.moe)
+    if run.checkpoint.resume == "auto":
+        _require_same_run(reader, run, corpus)
     return reader
+
+
+def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Corpus) -> None:
+    """Refuse to go on in a run folder with another text, or past the end.
+
+    Raises:
+        CheckpointError: the run was trained on another text, or has done more steps than are asked for.
+    """
+    where, trained_on = f"checkpoint {str(reader.folder)!r}", reader.state.corpus.get("name")
+    if trained_on != corpus.name:
+        raise CheckpointError(
+            f"data: {where} was trained on {trained_on}, not on {corpus.name}; give the run another name, and"
+            " checkpoint.resume=FOLDER if it should start from those weights"
+        )
+    if reader.state.step > run.training.max_steps:
+        raise CheckpointError(
+            f"training.max_steps = {run.training.max_steps}: {where} has done {reader.state.step}; give as"
+            " many or more, or another name"
+        )
 
 
 def _rehearse(trainer: Trainer) -> None:

@@ -10,6 +10,8 @@ import pytest
 from megamoe.cli import COMMANDS, main
 from megamoe.config import from_dict
 from megamoe.config.presets import PRESETS, preset_values
+from megamoe.data.datasets import open_text
+from megamoe.data.prepare import prepare
 from megamoe.moe.routers import available
 from tests.cli.conftest import CONFIG, Done, megamoe
 
@@ -118,6 +120,7 @@ def test_refusals_of_the_config(arguments, message, tmp_path, monkeypatch, capsy
         ("data.path=missing", "data.path = 'missing': "),
         ("training.micro_batch_size=3", "training.batch_size = 4: is not 3 (micro-batch) * 1"),
         ("evaluation.batch_size=9999", "evaluation.batch_size = 9999: leaves no token to predict"),
+        ("evaluation.same_length=true evaluation.memory_len=0", "evaluation.same_length = True: evaluation."),
         ("moe.router.name=dense moe.z_loss=0.1", "moe.z_loss = 0.1: set it to 0, policy 'dense'"),
     ],
 )  # fmt: skip
@@ -141,6 +144,23 @@ def test_refusals_of_a_wrong_checkpoint(checkpoint, message, launched, project):
     done = megamoe("train", "--config", "toy.toml", *changes, folder=project)
     assert refusal(done).startswith(message)
     assert not (project / "runs/other").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.path=other", "data: checkpoint 'runs/toy/checkpoints/step-00000000"),
+        ("training.max_steps=3", "training.max_steps = 3: checkpoint 'runs/toy/checkpoints/step-00000000"),
+    ],
+)
+def test_a_run_folder_goes_on_with_its_own_run_alone(change, message, launched, project):
+    if not (project / "other").exists():
+        text = project / "dog.txt"
+        text.write_text("A lazy dog sleeps.\n" * 300)
+        prepare(open_text([text], "the dog", by_lines=False), project / "other", "bytes")
+    config = (project / "runs/toy/config.json").read_text()
+    assert refusal(megamoe("train", "--config", "toy.toml", change, folder=project)).startswith(message)
+    assert (project / "runs/toy/config.json").read_text() == config
 
 
 def test_refusals_of_evaluate(launched, project):

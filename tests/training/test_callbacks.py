@@ -15,6 +15,7 @@ from megamoe.errors import ConfigError
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.callbacks.console import ConsoleCallback
 from megamoe.training.callbacks.jsonl import JsonlCallback
+from megamoe.training.callbacks.results import ResultsCallback
 from megamoe.training.callbacks.tensorboard import TensorBoardCallback
 from megamoe.training.callbacks.wandb import WandbCallback
 from megamoe.training.evaluation import Evaluation
@@ -52,9 +53,21 @@ def test_jsonl_drops_what_a_resumed_run_will_write_again(tmp_path):
     assert lines[3] == {"step": 6, "tokens": 144} | VALID.metrics()
 
 
+def test_a_finished_run_that_is_started_again_keeps_one_line_of_test_figures(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 7, "test/bpc_k2": 2.0},
+        {"step": 14, "train/loss": 1.0},
+        {"step": 14, "test/bpc_k2": 1.5},
+    ]
+    path.write_text("".join(map(to_line, lines)))
+    drop_after(path, 14, 14)
+    assert read_metrics(path) == lines[:2]
+
+
 def test_metrics_file_may_be_missing(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    drop_after(path, 3)
+    drop_after(path, 3, 14)
     assert not path.exists()
     assert read_metrics(path) == []
 
@@ -151,6 +164,20 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert opened[0]["resume"] == "allow"
     assert opened[0]["config"] == toy_run(tmp_path).to_dict()
     assert logged == [(4, METRICS), (4, VALID.metrics()), ("finish", 1)]
+
+
+@pytest.mark.parametrize(("best_step", "weights"), [(4, "best"), (None, "checkpoints/step-000000004")])
+def test_the_end_names_weights_that_exist(tmp_path, best_step, weights):
+    terminal = io.StringIO()
+    console = ConsoleCallback(tmp_path / "train.log", Console(file=terminal, width=200))
+    trainer = stand_in(tmp_path)
+    trainer.best_step = best_step
+    ResultsCallback(console).on_train_end(trainer)
+    shown = terminal.getvalue()
+    assert f"evaluate {tmp_path / weights} " in shown
+    assert ("lowest validation loss" in shown) == (best_step is not None)
+    assert "--logdir" not in shown  # the toy run writes no events
+    assert (tmp_path / "plots/curves.png").exists()
 
 
 def test_only_the_main_rank_writes(tmp_path):

@@ -43,6 +43,15 @@ def test_an_image_with_curves(tmp_path, experts, metric, tested):
         assert (panel[..., :3].min(axis=-1) < 0.7).mean() > 0.001  # ink on every panel
 
 
+def test_figures_that_are_not_finite_leave_the_panel_to_the_others(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "tokens": 8, "train/ppl": 9.0}, {"step": 1, "test/ppl_k1": math.inf}]
+    metrics.write_text("".join(map(to_line, lines)))
+    assert plot_run(metrics, tmp_path / "curves.png", title="toy", metric="ppl").stat().st_size > 1000
+    metrics.write_text("".join(map(to_line, [*lines, {"step": 1, "test/ppl_k2": 5.0}])))
+    assert plot_run(metrics, tmp_path / "curves.png", title="toy", metric="ppl").stat().st_size > 1000
+
+
 def test_a_run_that_was_cut_before_its_first_line(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class JsonlCallback(Callback):
     """Appends each log interval and each evaluation, flushed line by line.
 
-    A resumed run first drops the lines past the step it resumes from, which it will write again.
+    A resumed run first drops the lines that it will write again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,7 +23,7 @@ class JsonlCallback(Callback):
 
     def on_train_start(self, trainer: "Trainer") -> None:
         """Open the file at the step the run starts from."""
-        drop_after(self.path, trainer.step)
+        drop_after(self.path, trainer.step, trainer.run.training.max_steps)
         self._file = self.path.open("a", encoding="utf-8")
 
     def on_log(self, trainer: "Trainer", metrics: dict[str, Any]) -> None:

@@ -37,13 +37,19 @@ class ResultsCallback(Callback):
             folder.metrics, folder.plots / "curves.png",
             title=f"{trainer.run.name} on {corpus.name}", metric=corpus.metric,
         )  # fmt: skip
-        self.console.show(
-            f"\nweights with the lowest validation loss  {folder.best}\n"
-            f"figures and curves                       {folder.results}, {image}\n"
-            f"everything that was measured             {folder.metrics}\n\n"
-            f"next: {_script('megamoe')} evaluate {folder.best}  # score it again, at any k\n"
-            f"      {_script('tensorboard')} --logdir {folder.tensorboard}"
-        )
+        # A run that starts from the last step of another, or whose validation is never finite, has no best.
+        best = trainer.best_step is not None
+        weights = folder.best if best else trainer.last_checkpoint
+        which = "weights with the lowest validation loss" if best else "weights of the last step"
+        lines = [
+            f"\n{which:<39}  {weights}",
+            f"{'figures and curves':<39}  {folder.results}, {image}",
+            f"{'everything that was measured':<39}  {folder.metrics}\n",
+            f"next: {_script('megamoe')} evaluate {weights}  # score it again, at any k",
+        ]
+        if trainer.run.logging.tensorboard:
+            lines.append(f"      {_script('tensorboard')} --logdir {folder.tensorboard}")
+        self.console.show("\n".join(lines))
 
 
 def _script(name: str) -> str:
