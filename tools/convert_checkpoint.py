@@ -4,6 +4,7 @@ import argparse
 import importlib
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -14,10 +15,14 @@ COMMANDS: dict[str, str] = {
     "from-reference": "published HyperRouter or SMoE-Dropout model.pt and optimizer.pt to neutral",
     "from-transformer-xl": "dense Transformer-XL model or state dict to neutral",
     "to-reference": "neutral to a state dict and Adam state that the published program loads",
+    "export": "neutral to safetensors, config.json, tokenizer and model card",
+    "cast": "weights of an exported model to another precision",
+    "average": "mean of the weights of several checkpoints",
     "upcycle": "dense to experts: copies, or shards of copies",
     "split": "dense to experts: each gets a share of the hidden units",
     "merge": "experts to dense",
     "from-deepspeed": "files of engine.save_checkpoint with native MoE layers to neutral",
+    "to-deepspeed": "neutral to files that engine.load_checkpoint reads into native MoE layers",
 }
 
 
@@ -49,12 +54,11 @@ def _parser(chosen: str, module: ModuleType | None) -> argparse.ArgumentParser:
         epilog="convert_checkpoint.py COMMAND --help tells more. Nothing existing is ever overwritten.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    for name, help in COMMANDS.items():
+        command = commands.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter)
         if module and name == chosen:
-            command.description = module.SUMMARY
+            summary = module.SUMMARY
+            command.description = summary if "\n" in summary else textwrap.fill(summary, 100)
             command.epilog = f"examples:\n{module.EXAMPLES}"
             module.configure(command)
             command.set_defaults(run=module.run)

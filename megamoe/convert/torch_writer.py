@@ -1,16 +1,21 @@
 """Write files that torch.load reads, one tensor at a time: torch.save wants all of them in memory."""
 
 import io
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch._utils import _rebuild_tensor_v2
+
+from megamoe.convert.progress import Progress
+from megamoe.convert.tensors import LazyTensor
+from megamoe.errors import CheckpointError
 
 _STORAGES = {
     torch.float64: torch.DoubleStorage,
@@ -28,7 +33,7 @@ _STORAGES = {
 
 @dataclass(frozen=True, eq=False)
 class NewTensor:
-    """A tensor to write.
+    """A tensor to write that is made of parts.
 
     Attributes:
         shape: its shape.
@@ -46,28 +51,41 @@ class NewTensor:
         return torch.Size(self.shape).numel()
 
 
-def write_torch_file(path: Path, content: Any) -> None:
-    """Write `content`, plain data with `NewTensor` in the place of tensors, as torch.save would.
+def write_torch_file(path: Path, content: Any, *, progress: Progress | None = None) -> None:
+    """Write `content` as torch.save would. A tensor that comes twice is written once, as a tied one.
+
+    Args:
+        content: plain data with `LazyTensor` or `NewTensor` in the place of tensors.
+        progress: told the bytes of every part that was written.
 
     Raises:
-        ValueError: the parts of a tensor are not as many numbers as it has.
+        CheckpointError: a tensor is not what it promised to be.
         OSError: the disk refuses.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     pickler.dump(content)
-    with zipfile.ZipFile(path, "x") as file:
-        file.writestr("archive/data.pkl", buffer.getvalue())
-        file.writestr("archive/byteorder", "little")
-        for key, tensor in enumerate(pickler.tensors):
-            with file.open(f"archive/data/{key}", "w", force_zip64=True) as member:
-                written = 0
-                for part in tensor.parts():
-                    written += part.numel()
-                    member.write(part.to(tensor.dtype).contiguous().view(torch.uint8).numpy().data)
-            if written != tensor.numel:
-                raise ValueError(f"{written} numbers for a tensor of {tensor.numel}")
-        file.writestr("archive/version", "3\n")
+    with path.open("xb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", buffer.getvalue())
+            archive.writestr("archive/byteorder", "little")
+            for key, tensor in enumerate(pickler.tensors):
+                with archive.open(f"archive/data/{key}", "w", force_zip64=True) as member:
+                    _write_parts(member, tensor, progress)
+            archive.writestr("archive/version", "3\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_parts(member: IO[bytes], tensor: NewTensor, progress: Progress | None) -> None:
+    written = 0
+    for part in tensor.parts():
+        written += part.numel()
+        member.write(part.detach().to(tensor.dtype).flatten().view(torch.uint8).numpy().data)
+        if progress:
+            progress(part.numel() * tensor.dtype.itemsize)
+    if written != tensor.numel:
+        raise CheckpointError(f"{written} numbers were read for a tensor of {tensor.numel}")
 
 
 @dataclass(frozen=True)
@@ -86,8 +104,12 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[NewTensor] = []
 
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, NewTensor):
-            return NotImplemented
+        if isinstance(value, LazyTensor):
+            return self.reduce(NewTensor(value.shape, value.dtype, lambda: [value.checked()]))
+        return self.reduce(value) if isinstance(value, NewTensor) else NotImplemented
+
+    def reduce(self, value: NewTensor) -> tuple[Any, ...]:
+        """How `value` is made when it is read."""
         storage = _Storage(len(self.tensors), value)
         self.tensors.append(value)
         stride = torch.empty(value.shape, device="meta").stride()

@@ -26,7 +26,7 @@ def write_dense(folder: Path, **updates: Any) -> TransformerXL:
 
 
 def require_same_function(a: TransformerXL, b: TransformerXL) -> None:
-    """Over several segments with memory: logits equal within 1e-6, and within 1e-7 (the rounding of stored weights) in double."""
+    """Logits of several segments with memory: equal within 1e-6; in double, up to the rounding of weights."""
     torch.testing.assert_close(logits(a), logits(b), rtol=0, atol=1e-6)
     in_double = (logits(deepcopy(model).double()) for model in (a, b))
     torch.testing.assert_close(*in_double, rtol=0, atol=1e-7)
