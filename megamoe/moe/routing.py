@@ -118,6 +118,11 @@ class Router(nn.Module, ABC):
         self.spec = spec
         self.options = options
 
+    @classmethod
+    def experts_per_token(cls, top_k: int, n_experts: int) -> int:
+        """Experts that a token gets in evaluation where `top_k` are asked for; not all policies follow."""
+        return top_k
+
     @abstractmethod
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route tokens `x_TD` (any float type; the policy works in fp32)."""

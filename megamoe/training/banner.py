@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from torch import nn
 
+from megamoe.moe.routers import router_class
 from megamoe.parallel.placement import global_shapes, saved_buffers
 from megamoe.training.evaluation import NO_EXPERTS, evaluation_span, top_ks_to_score
 
@@ -102,7 +103,8 @@ def _parameter_row(trainer: "Trainer") -> str:
     moe, counts = trainer.run.moe, count_parameters(trainer.engine.model)
     text = f"{counts.total:,} in all: {counts.trainable:,} trainable, {counts.frozen:,} frozen"
     if counts.experts:
-        text += f"; {counts.active(moe.top_k, moe.n_experts):,} active at k = {moe.top_k}"
+        k = router_class(moe.router.name).experts_per_token(moe.top_k, moe.n_experts)
+        text += f"; {counts.active(k, moe.n_experts):,} active at k = {k}"
     return text
 
 
@@ -112,7 +114,9 @@ def _routing_row(trainer: "Trainer") -> str:
         return "no layer has experts"
     schedule = moe.schedule
     k = f"k = {moe.top_k}"
-    if schedule.mode != "constant":
+    if router_class(moe.router.name).experts_per_token(1, moe.n_experts) == moe.n_experts:
+        k = f"k = {moe.n_experts} always"
+    elif schedule.mode != "constant":
         k = f"k from {schedule.mode} over {schedule.min_k}..{schedule.max_k}, {moe.top_k} at evaluation"
     return f"{moe.router.name}, {moe.n_experts} experts x {moe.d_expert} in layers {_list(layers)}, {k}"
 

@@ -13,6 +13,7 @@ from megamoe.data.stream import TokenStream
 from megamoe.errors import ConfigError
 from megamoe.models.attention import AttentionSpan
 from megamoe.models.transformer_xl import ModelOutput
+from megamoe.moe.routers import router_class
 from megamoe.parallel.launch import World
 
 NO_EXPERTS = 0
@@ -90,16 +91,19 @@ def in_metric(nats: float, metric: str) -> float:
 def top_ks_to_score(run: RunConfig, wanted: Iterable[int]) -> tuple[int, ...]:
     """The k among `wanted` that this model can run, rising; (NO_EXPERTS,) if it has no mixture layers.
 
+    A policy that does not follow k is scored once, at the number of experts it takes.
+
     Raises:
         ConfigError: every wanted k is above the number of experts.
     """
     if not run.moe.layer_indices(run.model.n_layers):
         return (NO_EXPERTS,)
     wanted = tuple(wanted)
-    kept = tuple(sorted({k for k in wanted if k <= run.moe.n_experts}))
+    experts_per_token = router_class(run.moe.router.name).experts_per_token
+    kept = sorted({experts_per_token(k, run.moe.n_experts) for k in wanted if k <= run.moe.n_experts})
     if not kept:
         raise ConfigError(f"evaluation.top_ks = {wanted}: name a k up to moe.n_experts = {run.moe.n_experts}")
-    return kept
+    return tuple(kept)
 
 
 def evaluation_span(run: RunConfig) -> AttentionSpan:
@@ -108,12 +112,12 @@ def evaluation_span(run: RunConfig) -> AttentionSpan:
     Raises:
         ConfigError: every token is to see equally many positions of a memory that has none.
     """
-    memory_len = run.evaluation.memory_len
-    if memory_len == "auto":
-        memory_len = max(0, run.model.memory_len + run.model.segment_len - run.evaluation.segment_len)
+    asked = run.evaluation.memory_len
+    span_of_training = run.model.memory_len + run.model.segment_len
+    memory_len = asked if isinstance(asked, int) else max(0, span_of_training - run.evaluation.segment_len)
     if run.evaluation.same_length and memory_len == 0:
         raise ConfigError(
-            f"evaluation.same_length = True: evaluation.memory_len = {run.evaluation.memory_len!r} leaves no"
+            f"evaluation.same_length = True: evaluation.memory_len = {asked!r} leaves no"
             " memory, whose length it takes; set evaluation.memory_len above 0"
         )
     return AttentionSpan(

@@ -20,6 +20,7 @@ from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, MegaMoEError
 from megamoe.moe.initialization import generator
 from megamoe.moe.losses import auxiliary_loss
+from megamoe.moe.routers import router_class
 from megamoe.moe.routing import Routing
 from megamoe.moe.schedules import top_k_at
 from megamoe.parallel.engine import Engine
@@ -127,7 +128,8 @@ class Trainer:
     def _train_step(self) -> StepRecord:
         """One optimizer step: forward and backward passes of all micro-batches, then the update."""
         run, engine = self.run, self.engine
-        top_k = top_k_at(run.moe.schedule, run.moe.top_k, self.step, run.training.max_steps)
+        scheduled = top_k_at(run.moe.schedule, run.moe.top_k, self.step, run.training.max_steps)
+        top_k = router_class(run.moe.router.name).experts_per_token(scheduled, run.moe.n_experts)
         lr = learning_rate(run.optimizer, self.step, run.training.max_steps, self.plateau)
         engine.set_learning_rate(lr)
         batch = self.stream.batch(self.step)

@@ -110,8 +110,10 @@ def test_only_runnable_k_are_scored(tmp_path):
         ConfigError, match=r"^evaluation.top_ks = \(8, 16\): name a k up to moe.n_experts = 4$"
     ):
         top_ks_to_score(run, (8, 16))
-    dense = toy_run(tmp_path, moe={"layers": "none"})
-    assert top_ks_to_score(dense, (1, 2)) == (NO_EXPERTS,)
+    without = toy_run(tmp_path, moe={"layers": "none"})
+    assert top_ks_to_score(without, (1, 2)) == (NO_EXPERTS,)
+    dense = toy_run(tmp_path, moe={"router": {"name": "dense"}})
+    assert top_ks_to_score(dense, (1, 2)) == (4,)
 
 
 def test_units():

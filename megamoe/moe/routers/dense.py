@@ -38,6 +38,11 @@ class DenseRouter(Router):
 
     options: Options
 
+    @classmethod
+    def experts_per_token(cls, top_k: int, n_experts: int) -> int:
+        """All of them."""
+        return n_experts
+
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Choose all experts, or those that the mask of this step keeps."""
         n_experts, drop = self.spec.n_experts, self.options.drop
