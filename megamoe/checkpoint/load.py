@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from megamoe.checkpoint.exported import ExportReader, is_export
 from megamoe.checkpoint.format import CONFIG
 from megamoe.checkpoint.matching import require_same_tensors
 from megamoe.checkpoint.reader import CheckpointReader, locate
+from megamoe.config.schema import RunConfig
 from megamoe.data.tokenizers import Tokenizer
 from megamoe.errors import CheckpointError, ConfigError, DataError
 from megamoe.models.transformer_xl import TransformerXL
@@ -18,16 +20,20 @@ def load_model(path: str | Path, *, verify: bool = True) -> TransformerXL:
     """The trained model in evaluation mode, on the CPU in fp32, with all experts.
 
     Args:
-        path: a run folder, whose newest checkpoint is taken; or a ``step-*`` or ``best`` folder.
+        path: a run folder, whose newest checkpoint is taken; a ``step-*`` or ``best`` folder; or an exported
+            folder.
         verify: compare the files with their hashes first, so that no damaged number is loaded.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is not what its manifest and config say.
     """
+    if is_export(Path(path)):
+        return _load_export(ExportReader(Path(path)))
     reader = CheckpointReader(locate(path))
     if verify:
         reader.verify_files()
-    model = _without_values(reader)
+    n_weights = sum(math.prod(reader.shape("weight", name)) for name in reader.names("weight"))
+    model = _without_values(reader.config, n_weights, reader.folder)
     require_same_tensors(reader, model)
     tensors = {name: reader.tensor("weight", name) for name, _ in model.named_parameters()}
     for name, buffer in saved_buffers(model).items():
@@ -36,23 +42,34 @@ def load_model(path: str | Path, *, verify: bool = True) -> TransformerXL:
     return model.eval()
 
 
-def _without_values(reader: CheckpointReader) -> TransformerXL:
-    """The model of the checkpoint's config. It occupies no memory, whatever a damaged config asks for."""
-    model, moe = reader.config.model, reader.config.moe
+def _load_export(reader: ExportReader) -> TransformerXL:
+    model = _without_values(reader.config, reader.numel, reader.folder)
+    empty = model.state_dict()
+    reader.require_only(empty)
+    model.load_state_dict(
+        {name: reader.tensor(name, tuple(values.shape)).to(values.dtype) for name, values in empty.items()},
+        assign=True,
+    )
+    return model.eval()
+
+
+def _without_values(config: RunConfig, n_weights: int, folder: Path) -> TransformerXL:
+    """The model of a checkpoint's config. It occupies no memory, whatever a damaged config asks for."""
+    model, moe = config.model, config.moe
     experts = len(moe.layer_indices(model.n_layers)) * moe.n_experts
-    if experts > sum(math.prod(reader.shape("weight", name)) for name in reader.names("weight")):
-        raise _wrong_config(reader, f"moe.n_experts = {moe.n_experts}: more than the weights it holds")
+    if experts > n_weights:
+        raise _wrong_config(folder, f"moe.n_experts = {moe.n_experts}: more than the weights it holds")
     try:
         with torch.device("meta"):
-            return TransformerXL(model, moe, seed=reader.config.training.seed)
+            return TransformerXL(model, moe, seed=config.training.seed)
     except ConfigError as error:
-        raise _wrong_config(reader, str(error)) from None
+        raise _wrong_config(folder, str(error)) from None
     except (RuntimeError, TypeError, ArithmeticError) as error:
-        raise _wrong_config(reader, f"describes no model ({str(error)[:80]!r})") from None
+        raise _wrong_config(folder, f"describes no model ({str(error)[:80]!r})") from None
 
 
-def _wrong_config(reader: CheckpointReader, problem: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {str(reader.folder)!r}: {CONFIG}: {problem}")
+def _wrong_config(folder: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {str(folder)!r}: {CONFIG}: {problem}")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -61,7 +78,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         CheckpointError: there is no complete checkpoint, or its tokenizer is damaged.
     """
-    reader = CheckpointReader(locate(path))
+    reader = ExportReader(Path(path)) if is_export(Path(path)) else CheckpointReader(locate(path))
     try:
         return Tokenizer.from_dict(reader.state.tokenizer)
     except DataError as error:

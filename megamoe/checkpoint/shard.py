@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,9 @@ import torch
 
 from megamoe.checkpoint.format import DTYPES, MANIFEST, Manifest, Piece, StoredFile, TensorEntry, dtype_name
 from megamoe.errors import CheckpointError
+
+# Name, shape, type, and what gives the values.
+NamedTensor = tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
 
 
 class Part(Protocol):
@@ -162,17 +166,27 @@ def _entry(file: str, part: Part) -> tuple[str, str, TensorEntry]:
 
 
 def _safetensors(parts: Sequence[Part]) -> Iterator[Any]:
-    """The file's chunks: length of the header, the header, the values in its order."""
+    return safetensors_file(
+        [(_key(part), (part.stop - part.start,), part.dtype, part.on_host) for part in parts]
+    )
+
+
+def safetensors_file(tensors: Sequence[NamedTensor]) -> Iterator[Any]:
+    """The chunks of a safetensors file: length of the header, the header, the values in its order.
+
+    Args:
+        tensors: name, shape, type, and what gives the values, contiguous in host memory. Each is asked for
+            when its chunk is; those of larger elements must come first.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for part in parts:
-        numel = part.stop - part.start
-        begin, end = end, end + numel * part.dtype.itemsize
-        code = DTYPES[dtype_name(part.dtype)][1]
-        header[_key(part)] = {"dtype": code, "shape": [numel], "data_offsets": [begin, end]}
+    for name, shape, dtype, _ in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        code = DTYPES[dtype_name(dtype)][1]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
     yield text
-    for part in parts:
-        yield part.on_host().view(torch.uint8).numpy()
+    for _, _, _, load in tensors:
+        yield load().view(-1).view(torch.uint8).numpy()

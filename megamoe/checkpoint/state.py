@@ -56,7 +56,16 @@ class TrainingState:
         Raises:
             CheckpointError: the field and its value.
         """
-        return _build(cls, parse_object(text, STATE), "")
+        return cls.from_dict(parse_object(text, STATE))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainingState":
+        """The same from the nested values that ``dataclasses.asdict`` gives.
+
+        Raises:
+            CheckpointError: the field and its value.
+        """
+        return _build(cls, values, "")
 
 
 def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:

@@ -8,7 +8,7 @@ from megamoe.errors import CheckpointError
 
 SUMMARY = (
     "Read the model.pt of the Transformer-XL PyTorch program, whole or as a state dict, without running what"
-    " is in it. Adaptive softmax and projections are kept. Only its default attention (attn_type 0) exists here."
+    " is in it. Adaptive softmax and projections are kept. Of its attentions, attn_type 0 exists here."
 )
 EXAMPLES = """\
   convert_checkpoint.py from-transformer-xl LM-TFM-enwik8/model.pt dense

@@ -27,9 +27,11 @@ def open_neutral(path: str | Path) -> tuple[list[LazyTensor], RunConfig, Trainin
         path: a run folder, whose newest checkpoint is taken; or a ``step-*`` or ``best`` folder.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or its documents are not valid.
+        CheckpointError: there is no complete checkpoint, its documents are not valid, or a file is not
+            what its hash says.
     """
     reader = CheckpointReader(locate(path))
+    reader.verify_files()
     tensors = [
         LazyTensor(kind, name, entry.shape, DTYPES[entry.dtype][0], _loader(reader, kind, name))
         for kind, name, entry in sorted(reader.manifest.entries())
