@@ -29,6 +29,9 @@ _STORAGES = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
+# Bytes in a zip file: before a member's name, of its sizes in zip64, and of a field that pads.
+_LOCAL_HEADER, _ZIP64_SIZES, _EXTRA_HEADER = 30, 20, 4
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +73,20 @@ def write_torch_file(path: Path, content: Any, *, progress: Progress | None = No
             archive.writestr("archive/data.pkl", buffer.getvalue())
             archive.writestr("archive/byteorder", "little")
             for key, tensor in enumerate(pickler.tensors):
-                with archive.open(f"archive/data/{key}", "w", force_zip64=True) as member:
+                with archive.open(_aligned_member(archive, key), "w", force_zip64=True) as member:
                     _write_parts(member, tensor, progress)
             archive.writestr("archive/version", "3\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _aligned_member(archive: zipfile.ZipFile, key: int) -> zipfile.ZipInfo:
+    """The next member, whose numbers begin at a multiple of 64 bytes, so that they can be memory-mapped."""
+    member = zipfile.ZipInfo(f"archive/data/{key}")
+    header = _LOCAL_HEADER + len(member.filename) + _ZIP64_SIZES + _EXTRA_HEADER
+    padding = -(archive.start_dir + header) % _ALIGNMENT
+    member.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+    return member
 
 
 def _write_parts(member: IO[bytes], tensor: NewTensor, progress: Progress | None) -> None:
