@@ -9,7 +9,7 @@ from megamoe.data.datasets import open_text
 from megamoe.data.prepare import prepare
 from megamoe.errors import ConfigError, DataError
 
-# What megamoe/data/samples/README.md and the proportions say.
+# What megamoe/data/samples/README.md says.
 ENWIK8_SIZES = {"train": 3_735_000, "valid": 207_500, "test": 207_500}
 
 
