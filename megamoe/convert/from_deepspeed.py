@@ -171,11 +171,17 @@ def _of_parts(
             else:
                 reads.append(partial(shards.read, kind, native))
         dtype = torch.float32 if shards else parts[0][1].dtype
-        yield LazyTensor(kind, name, shape, dtype, partial(_joined, reads, shape))
+        yield LazyTensor(kind, name, shape, dtype, partial(_joined, reads, shape, dtype))
 
 
-def _joined(reads: list[Callable[[], torch.Tensor]], shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.cat([read().flatten() for read in reads]).view(shape)
+def _joined(
+    reads: list[Callable[[], torch.Tensor]], shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """All parts, which are of one size, each read into its place."""
+    values = torch.empty(shape, dtype=dtype)
+    for part, read in zip(values.view(len(reads), -1), reads, strict=True):
+        part.copy_(read().flatten())
+    return values
 
 
 def _master(shards: Shards, name: str, weight: StoredWeight) -> torch.Tensor:

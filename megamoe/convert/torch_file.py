@@ -1,12 +1,13 @@
 """Read files of torch.save: their structure at once, their tensors when asked, never their code."""
 
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -28,6 +29,8 @@ STORAGE_DTYPES = {
 _BLOCK = 1 << 22
 _MOST_DIMENSIONS = 16
 _LARGEST_SIZE = 1 << 48
+# Where the lengths of name and extra field stand, which end a member's header.
+_SIZES_OF_HEADER = 26
 # What zipfile raises on damaged archives.
 _DAMAGE = (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 
@@ -127,19 +130,26 @@ class TorchFile:
         view, begin = raw.numpy().data, start * dtype.itemsize
         try:
             # A checksum is of a whole storage, so the first look at a part of one reads all of it.
-            if len(view) < member.file_size and storage not in self._verified:
+            whole = len(view) == member.file_size
+            if not whole and storage not in self._verified:
                 with self._zip.open(member) as file:
                     while file.read(_BLOCK):
                         pass
             self._verified.add(storage)
-            with self._zip.open(member) as file:
-                if begin:
-                    file.seek(begin)
+            with self._zip.open(member) if whole else self._open_at(member, begin) as file:
                 for first in range(0, len(view), _BLOCK):
                     view[first : first + _BLOCK] = file.read(min(_BLOCK, len(view) - first))
         except _DAMAGE as error:
             raise self._error(f"storage {storage}: cannot be read ({error})") from None
         return raw.view(dtype)
+
+    def _open_at(self, member: zipfile.ZipInfo, begin: int) -> IO[bytes]:
+        """The file at byte `begin` of a verified member. (Within a member, zipfile seeks by reading.)"""
+        file = self.path.open("rb")
+        file.seek(member.header_offset + _SIZES_OF_HEADER)
+        name_and_extra = struct.unpack("<HH", file.read(4))
+        file.seek(sum(name_and_extra) + begin, os.SEEK_CUR)
+        return file
 
     def _is_known(self, name: Name) -> bool:
         if name.module == "torch" and name.name in STORAGE_DTYPES:
@@ -152,7 +162,8 @@ class TorchFile:
     def _storage(self, identity: Any) -> tuple[str, torch.dtype, int]:
         """Key, dtype and length of the storage that a persistent id names."""
         kind, storage_type, key, _, numel = identity
-        if kind != "storage" or not isinstance(key, str) or storage_type.name not in STORAGE_DTYPES:
+        known = isinstance(storage_type, Name) and storage_type.name in STORAGE_DTYPES
+        if kind != "storage" or not known or not isinstance(key, str) or type(numel) is not int:
             raise ValueError("not a storage")
         dtype = STORAGE_DTYPES[storage_type.name]
         if numel * dtype.itemsize != self._member(f"data/{key}").file_size:

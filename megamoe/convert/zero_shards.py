@@ -55,7 +55,8 @@ class Shards:
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """A whole tensor, 1-D."""
-        return torch.cat([span.read() for span in self.spans[kind, name]])
+        spans = self.spans[kind, name]
+        return torch.cat([span.read() for span in spans]) if len(spans) > 1 else spans[0].read()
 
 
 @dataclass(frozen=True)

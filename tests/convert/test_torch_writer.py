@@ -14,7 +14,7 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
     content = {
         "whole": NewTensor((2, 3), torch.bfloat16, lambda: [values[0], values[1]]),
         "number": NewTensor((), torch.float32, lambda: [torch.tensor(7.0)]),
-        "empty": NewTensor((0, 3), torch.int64, lambda: []),
+        "empty": NewTensor((0, 3), torch.int64, list),
         "tied": [tied, tied],
         "plain": {"name": "x", "sizes": (1, 2)},
     }
