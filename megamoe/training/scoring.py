@@ -13,6 +13,8 @@ from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
 from megamoe.training.session import agree, joined, load_checked_corpus, require_same_tokens
 
 OVERRIDABLE = ("data", "evaluation")
+OF_TRAINING = ("every", "max_tokens")
+"""Options of `evaluation` that say how often and how much a training run scores on the way."""
 
 
 def score(
@@ -50,4 +52,7 @@ def _with_overrides(run: RunConfig, overrides: Iterable[str]) -> RunConfig:
     for section in values:
         if section not in OVERRIDABLE:
             raise ConfigError(f"{section}: belongs to the trained model; set data.* and evaluation.* only")
+    for name in OF_TRAINING:
+        if name in values.get("evaluation", {}):
+            raise ConfigError(f"evaluation.{name}: belongs to training; here the whole split is scored once")
     return from_dict(merge(run.to_dict(), values))

@@ -185,16 +185,23 @@ def _open_checkpoint(checkpoint: Path | None, run: RunConfig, corpus: Corpus) ->
 
 
 def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Corpus) -> None:
-    """Refuse to go on in a run folder with another text, or past the end.
+    """Refuse to go on in a run folder with another text, at another place in it, or past the end.
 
     Raises:
-        CheckpointError: the run was trained on another text, or has done more steps than are asked for.
+        CheckpointError: the run was trained on another text or in other segments, or has done more steps
+            than are asked for.
     """
     where, trained_on = f"checkpoint {str(reader.folder)!r}", reader.state.corpus.get("name")
     if trained_on != corpus.name:
         raise CheckpointError(
             f"data: {where} was trained on {trained_on}, not on {corpus.name}; give the run another name, and"
             " checkpoint.resume=FOLDER if it should start from those weights"
+        )
+    segment_len = reader.config.model.segment_len
+    if run.model.segment_len != segment_len:
+        raise CheckpointError(
+            f"model.segment_len = {run.model.segment_len}: {where} has read segments of {segment_len}, and a"
+            f" step's place in the text follows from it; give {segment_len}, or another name"
         )
     if reader.state.step > run.training.max_steps:
         raise CheckpointError(

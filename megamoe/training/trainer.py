@@ -192,10 +192,12 @@ class Trainer:
 
     def _score_test(self) -> None:
         """Score the test split with the best weights, or with the last where no validation was finite."""
+        step = self.step
         if self.best_step is not None:
             reader = CheckpointReader(self.folder.best)
-            restore_checkpoint(reader, self.engine, self.world, load_optimizer=False)
-        step = self.step if self.best_step is None else self.best_step
+            best = restore_checkpoint(reader, self.engine, self.world, load_optimizer=False)
+            # After a resume from before it, the folder knows better than this process.
+            self.best_figure, self.best_step, step = best.best_metric, best.step, best.step
         self._tell("on_evaluation", self._evaluate("test", self.run.evaluation.top_ks, step))
 
     def _evaluate(self, split: str, wanted: Sequence[int], step: int, max_tokens: int = 0) -> Evaluation:
