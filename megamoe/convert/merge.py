@@ -121,5 +121,5 @@ def _concat(stacked: LazyTensor, leaf: str, top_k: int | None) -> torch.Tensor:
     if leaf == "b_out":
         return values.sum(0) if top_k is None else _mean(stacked)
     if leaf == "w_out":
-        return values.transpose(0, 1).flatten(1) / (top_k or 1)
+        return values.transpose(0, 1).flatten(1).div_(top_k or 1)
     return values.flatten(0, 1)
