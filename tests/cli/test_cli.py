@@ -151,6 +151,7 @@ def test_refusals_of_a_wrong_checkpoint(checkpoint, message, launched, project):
     [
         ("data.path=other", "data: checkpoint 'runs/toy/checkpoints/step-00000000"),
         ("training.max_steps=3", "training.max_steps = 3: checkpoint 'runs/toy/checkpoints/step-00000000"),
+        ("model.segment_len=7", "model.segment_len = 7: checkpoint 'runs/toy/checkpoints/step-00000000"),
     ],
 )
 def test_a_run_folder_goes_on_with_its_own_run_alone(change, message, launched, project):
@@ -166,6 +167,8 @@ def test_a_run_folder_goes_on_with_its_own_run_alone(change, message, launched, 
 def test_refusals_of_evaluate(launched, project):
     done = megamoe("evaluate", "runs/toy/best", "model.d_model=3", folder=project)
     assert refusal(done) == "model: belongs to the trained model; set data.* and evaluation.* only"
+    done = megamoe("evaluate", "runs/toy/best", "evaluation.every=3", folder=project)
+    assert refusal(done) == "evaluation.every: belongs to training; here the whole split is scored once"
     damaged = project / "damaged"
     damaged.mkdir(exist_ok=True)
     assert refusal(megamoe("evaluate", "damaged", folder=project)).startswith(
