@@ -117,6 +117,7 @@ def write_file(path: Path, chunks: Iterable[Any]) -> StoredFile:
         for chunk in chunks:
             sha256.update(chunk)
             size += file.write(chunk)
+            del chunk  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
     return StoredFile(size, sha256.hexdigest())

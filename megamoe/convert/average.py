@@ -1,16 +1,17 @@
 """The mean of the weights of several checkpoints of one run."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megamoe.checkpoint.format import DTYPES, dtype_name
 from megamoe.checkpoint.matching import require_same_options
 from megamoe.checkpoint.reader import CheckpointReader, locate
-from megamoe.convert.neutral import open_neutral, write_neutral
+from megamoe.convert.neutral import write_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
 from megamoe.errors import CheckpointError
@@ -21,6 +22,7 @@ SUMMARY = (
     " published program does it. Step, tokenizer and settings come from the last; moments and memory belong"
     " to none of the averaged weights and are left out."
 )
+_BLOCK = 1 << 20
 EXAMPLES = """\
   convert_checkpoint.py average runs/a/checkpoints/step-000300000 runs/a/checkpoints/step-000350000 \\
       runs/a/checkpoints/step-000400000 averaged
@@ -39,68 +41,77 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(
             f"average: {args.inputs[0]} alone; give two checkpoints or more, then the output"
         )
-    *_, (_, config, state) = opened = [open_neutral(path) for path in args.inputs]
-    for path in args.inputs:
-        require_same_options(CheckpointReader(locate(path)), config.model, config.moe)
-    tensors = averaged([tensors for tensors, _, _ in opened], args.inputs)
-    shown = progress(total_bytes(tensors), f"writing {args.output}")
-    engine = EngineCounters(
-        global_steps=state.engine.global_steps, global_samples=state.engine.global_samples
+    readers = [CheckpointReader(locate(path)) for path in args.inputs]
+    last = readers[-1]
+    for reader in readers:
+        reader.verify_files()
+        require_same_options(reader, last.config.model, last.config.moe)
+    tensors = averaged(readers)
+    counted = last.state.engine
+    state = replace(
+        last.state,
+        best_metric=None,
+        best_step=None,
+        engine=EngineCounters(global_steps=counted.global_steps, global_samples=counted.global_samples),
     )
-    state = replace(state, best_metric=None, best_step=None, engine=engine)
-    write_neutral(args.output, tensors, config, state, progress=shown)
-    print(f"{args.output}: mean of {len(args.inputs)} checkpoints")
+    shown = progress(total_bytes(tensors), f"writing {args.output}")
+    write_neutral(args.output, tensors, last.config, state, progress=shown)
+    print(f"{args.output}: mean of {len(readers)} checkpoints")
     return 0
 
 
-def averaged(checkpoints: Sequence[Sequence[LazyTensor]], paths: Sequence[str]) -> list[LazyTensor]:
+def averaged(readers: Sequence[CheckpointReader]) -> list[LazyTensor]:
     """Means of weights; buffers, which nothing trains, must be equal.
-
-    Args:
-        checkpoints: the tensors of each.
-        paths: where they are, for messages.
 
     Raises:
         CheckpointError: a tensor is missing in one of them or has another shape; when it is loaded, a buffer
             differs.
     """
-    first, *others = [_by_name(tensors) for tensors in checkpoints]
-    for path, other in zip(paths[1:], others, strict=True):
-        if only := first.keys() ^ other.keys():
-            raise CheckpointError(f"{min(only)}: is in {paths[0]} or {path} only; they are of two models")
-        for name, tensor in first.items():
-            if other[name].shape != tensor.shape:
+    first, *others = [_entries(reader) for reader in readers]
+    for reader, other in zip(readers[1:], others, strict=True):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
                 raise CheckpointError(
-                    f"{name}: {list(tensor.shape)} in {paths[0]}, {list(other[name].shape)} in {path}"
+                    f"{key[1]}: {_described(first.get(key))} in {str(readers[0].folder)!r},"
+                    f" {_described(other.get(key))} in {str(reader.folder)!r}; they are of two models"
                 )
+    combine = {"weight": _mean, "buffer": _equal}
     return [
-        replace(
-            tensor,
-            load=partial(
-                _mean if tensor.kind == "weight" else _equal,
-                [tensor, *(other[name] for other in others)],
-                paths,
-            ),
-        )
-        for name, tensor in first.items()
+        LazyTensor(kind, name, shape, dtype, partial(combine[kind], readers, name))
+        for (kind, name), (shape, dtype) in first.items()
     ]
 
 
-def _by_name(tensors: Iterable[LazyTensor]) -> dict[str, LazyTensor]:
-    return {tensor.name: tensor for tensor in tensors if tensor.kind in ("weight", "buffer")}
+def _entries(reader: CheckpointReader) -> dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of weights and buffers, by kind and name."""
+    return {
+        (kind, name): (entry.shape, DTYPES[entry.dtype][0])
+        for kind, name, entry in reader.manifest.entries()
+        if kind in ("weight", "buffer")
+    }
 
 
-def _mean(sources: Sequence[LazyTensor], paths: Sequence[str]) -> torch.Tensor:
+def _described(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return f"{dtype_name(entry[1])} {list(entry[0])}" if entry else "missing"
+
+
+def _mean(readers: Sequence[CheckpointReader], name: str) -> torch.Tensor:
     """The running mean of the published program: m <- m + (w - m) / (n + 1)."""
-    mean = sources[0].checked()
-    for n, source in enumerate(sources[1:], 1):
-        mean.add_(source.checked().sub_(mean).div_(n + 1))
+    mean = readers[0].tensor("weight", name)
+    readers[0].release()
+    for n, reader in enumerate(readers[1:], 1):
+        for start in range(0, mean.numel(), _BLOCK):
+            part = mean.view(-1)[start : start + _BLOCK]
+            part += (reader.read("weight", name, start, start + len(part)) - part) / (n + 1)
+            reader.release()
     return mean
 
 
-def _equal(sources: Sequence[LazyTensor], paths: Sequence[str]) -> torch.Tensor:
-    values = sources[0].checked()
-    for path, source in zip(paths[1:], sources[1:], strict=True):
-        if not torch.equal(source.checked(), values):
-            raise CheckpointError(f"{source.name}: differs in {paths[0]} and {path}; they are of two runs")
+def _equal(readers: Sequence[CheckpointReader], name: str) -> torch.Tensor:
+    values = readers[0].tensor("buffer", name)
+    for reader in readers[1:]:
+        if not torch.equal(reader.tensor("buffer", name), values):
+            paths = f"{str(readers[0].folder)!r} and {str(reader.folder)!r}"
+            raise CheckpointError(f"{name}: differs in {paths}; they are of two runs")
+        reader.release()
     return values

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,22 +70,28 @@ def exported_tensors(tensors: list[LazyTensor], config: RunConfig) -> list[LazyT
 def generated_routers(tensors: list[LazyTensor], config: RunConfig) -> Iterator[LazyTensor]:
     """Weight [E, D] and bias [E], fp32, of every router that a hypernetwork generates."""
     by_name = {tensor.name: tensor for tensor in tensors}
-    model, moe = config.model, config.moe
-    for layer in moe.layer_indices(model.n_layers):
-        with torch.device("meta"):
-            router = build_router(
-                moe.router, model.d_model, moe.n_experts, layer, config.training.seed, model.init_std
-            )
-        if isinstance(router, HyperRouter):
-            prefix = f"layers.{layer}.moe.router"
-            sources = {name: by_name[f"{prefix}.{name}"] for name in router.state_dict()}
-            for index, leaf in enumerate(("weight", "bias")):
-                shape = (moe.n_experts, model.d_model)[: 2 - index]
-                load = partial(_generate, router, sources, index)
-                yield LazyTensor("buffer", f"{prefix}.{leaf}", shape, torch.float32, load)
+    E, D = config.moe.n_experts, config.model.d_model
+    for layer in config.moe.layer_indices(config.model.n_layers):
+        router = _empty_router(config, layer)
+        if not isinstance(router, HyperRouter):
+            continue
+        prefix = f"layers.{layer}.moe.router"
+        sources = {name: by_name[f"{prefix}.{name}"] for name in router.state_dict()}
+        for index, (leaf, shape) in enumerate({"weight": (E, D), "bias": (E,)}.items()):
+            load = partial(_generate, config, layer, sources, index)
+            yield LazyTensor("buffer", f"{prefix}.{leaf}", shape, torch.float32, load)
 
 
-def _generate(router: HyperRouter, sources: Mapping[str, LazyTensor], index: int) -> torch.Tensor:
+def _generate(config: RunConfig, layer: int, sources: Mapping[str, LazyTensor], index: int) -> torch.Tensor:
+    router = _empty_router(config, layer)
     router.load_state_dict({name: source.checked() for name, source in sources.items()}, assign=True)
     with torch.no_grad():
         return router.generate()[index].contiguous()
+
+
+def _empty_router(config: RunConfig, layer: int) -> Any:
+    model, moe = config.model, config.moe
+    with torch.device("meta"):
+        return build_router(
+            moe.router, model.d_model, moe.n_experts, layer, config.training.seed, model.init_std
+        )

@@ -39,7 +39,7 @@ def as_type(tensors: Iterable[LazyTensor], dtype: torch.dtype) -> list[LazyTenso
     """The tensors with floating weights in `dtype`. What belongs to a router keeps its type."""
     return [
         tensor
-        if not tensor.dtype.is_floating_point or ".moe.router." in tensor.name
+        if not tensor.dtype.is_floating_point or tensor.dtype == dtype or ".moe.router." in tensor.name
         else replace(tensor, dtype=dtype, load=partial(_cast, tensor, dtype))
         for tensor in tensors
     ]
@@ -48,11 +48,16 @@ def as_type(tensors: Iterable[LazyTensor], dtype: torch.dtype) -> list[LazyTenso
 def _cast(tensor: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
     values = tensor.checked()
     result = values.to(dtype)
-    if result is not values and not result.isfinite().all() and values.isfinite().all():
+    if _is_finite(values) and not _is_finite(result):
         raise CheckpointError(
-            f"{tensor.name}: holds numbers beyond the range of {dtype_name(dtype)}; cast to bf16"
+            f"{tensor.name}: holds numbers beyond the range of {dtype_name(dtype)}; give bf16"
         )
     return result
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """As ``values.isfinite().all()``, which would take as much memory as `values` do."""
+    return not values.numel() or all(bound.isfinite() for bound in torch.aminmax(values))
 
 
 def write_export(

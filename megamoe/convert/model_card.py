@@ -53,7 +53,7 @@ def model_card(tensors: Sequence[LazyTensor], config: RunConfig, state: Training
     if corpus := state.corpus.get("name"):
         sample = ", a sample: its figures do not compare with those of the benchmark"
         rows["Text"] = f"{corpus}{sample if state.corpus.get('is_sample') else ''}"
-    if state.best_metric is not None:
+    if state.best_metric is not None and state.best_step is not None:
         metric = state.corpus.get("metric", "figure")
         rows["Best validation"] = f"{state.best_metric:.4f} {metric} at step {state.best_step:,}"
     kind = "mixture-of-experts Transformer-XL" if layers else "Transformer-XL"

@@ -43,8 +43,8 @@ def test_moments_and_memory_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"d_model": 18}}, "model.d_model = 16"),
-        ({"moe": {"router": {"hyper_size": 9}}}, "layers.1.moe.router.hypernet_"),
+        ({"model": {"d_model": 18}}, "model.d_model = 16: checkpoint"),
+        ({"moe": {"router": {"hyper_size": 9}}}, "layers.1.moe.router.hypernet_b_in: float32 [9] in"),
         ({"training": {"seed": 5}}, "hypernet_w_in: differs"),
     ],
 )
