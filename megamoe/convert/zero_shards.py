@@ -7,27 +7,28 @@ same experts, and their names for them count from 0.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megamoe.convert.model_tensors import MOMENTS
 from megamoe.convert.native import expert_name, parse_expert, shard_file
 from megamoe.convert.native_reader import MODULES, structure_of
 from megamoe.convert.torch_file import StoredTensor, TorchFile
 from megamoe.errors import CheckpointError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOST_OPEN = 64
 
 
 @dataclass(frozen=True)
 class Span:
-    """A range of numbers in a storage of a file."""
+    """A range of numbers in a storage of the file that `open` opens, or has open."""
 
-    path: Path
+    open: Callable[[], TorchFile]
     storage: str
     dtype: torch.dtype
     start: int
@@ -35,7 +36,7 @@ class Span:
 
     def read(self) -> torch.Tensor:
         """The numbers, 1-D."""
-        return _opened(self.path).read(self.storage, self.dtype, self.start, self.numel)
+        return self.open().read(self.storage, self.dtype, self.start, self.numel)
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,16 @@ def read_shards(
     found = _ep_size(ranks, n_experts, world_size)
     if ep_size not in (None, found):
         raise CheckpointError(f"--ep-size = {ep_size}: checkpoint {str(folder)!r} was saved at {found}")
+    opened = lru_cache(maxsize=_MOST_OPEN)(partial(TorchFile, modules=MODULES))
     spans: dict[tuple[str, str], list[Span]] = {}
     for rank, groups in enumerate(ranks):
         for group in groups:
             for local, (start, numel) in group.addresses.items():
                 name = _globalise(local, rank % found, found, n_experts)
                 for kind, flat in group.flats.items():
-                    span = Span(files[rank], flat.storage, flat.dtype, flat.offset + start, numel)
+                    span = Span(
+                        partial(opened, files[rank]), flat.storage, flat.dtype, flat.offset + start, numel
+                    )
                     spans.setdefault((kind, name), []).append(span)
     steps = {group.step for groups in ranks for group in groups}
     if len(steps) > 1:
@@ -127,11 +131,6 @@ def require_whole(shards: Shards, shapes: Mapping[str, tuple[int, ...]], folder:
                 )
 
 
-@lru_cache(maxsize=64)
-def _opened(path: Path) -> TorchFile:
-    return TorchFile(path, MODULES)
-
-
 def _shard_files(folder: Path, world_size: int) -> list[Path]:
     present = {path.name for path in folder.iterdir()}
     for bf16 in (True, False):
@@ -155,10 +154,14 @@ def _read_rank(path: Path) -> list[_Group]:
         if not isinstance(base, dict):
             raise CheckpointError(f"file {str(path)!r}: saved with elastic_checkpoint, which is not read")
         mappings, groups = saved["param_slice_mappings"], base["param_groups"]
-        return [
+        held = [
             _read_group(mapping, flat, group, base["state"])
             for mapping, flat, group in zip(mappings, flats, groups, strict=True)
         ]
+        places = [(flat.storage, flat.offset) for group in held for flat in group.flats.values()]
+        if len(set(places)) < len(places):
+            raise ValueError("two of its tensors are one")
+        return held
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"file {str(path)!r}: not laid out as DeepSpeed's ({type(error).__name__}: {error})"

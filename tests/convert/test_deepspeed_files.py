@@ -193,6 +193,14 @@ def change_a_master(tag: Path) -> None:
     torch.save(content, path)
 
 
+def share_a_moment(tag: Path) -> None:
+    path = tag / shard_file(1, bf16=True)
+    content = torch.load(path, weights_only=False)
+    state = content["optimizer_state_dict"]["base_optimizer_state"]["state"][1]
+    state["exp_avg"] = state["exp_avg_sq"]
+    torch.save(content, path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -204,6 +212,7 @@ def change_a_master(tag: Path) -> None:
         (exchange_shards, "its fp32 master is not what the saved weight was rounded from"),
         (replace(shard_file(0, bf16=True), shard_file(1, bf16=True)), "no rank holds its"),
         (change_a_master, "its fp32 master is not what the saved weight was rounded from"),
+        (share_a_moment, "two of its tensors are one"),
         (remove("mp_rank_00_model_states.pt"), "has no mp_rank_00_model_states.pt"),
         (replace("mp_rank_00_model_states.pt", expert_file(0, 0)), "not laid out as DeepSpeed's"),
         (run_code, "refused"),
