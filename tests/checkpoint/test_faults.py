@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import pytest
 from megamoe.checkpoint.folder import clear_leftovers
 from megamoe.checkpoint.format import step_folder
 from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
-from tests.checkpoint.faults import cut_at, fail, in_child, kill, save_and_train_on, warm_up
+from megamoe.config import RunConfig
+from megamoe.training.run_folder import RunFolder
+from megamoe.training.session import _checkpoint_to_resume
+from tests.checkpoint.faults import cut_at, fail, in_child, join_alone, kill, save_and_train_on, warm_up
 
 # Both ways write by the same functions, so a part of the cuts is enough for one of them.
 CUTS_APART = {False: 4, True: 1}
@@ -145,3 +149,20 @@ def test_a_shard_cut_in_its_middle_leaves_what_was_saved_before(run, background)
     assert "OSError: [Errno 27] File too large" in problem
     assert not list(run.rglob(".*"))
     assert (value_of(find_latest(run)), value_of(run / "best")) == (1, 1)
+
+
+def test_a_session_starts_by_clearing_what_killed_ones_left(run):
+    for leftover in (run / ".best.tmp", run / "checkpoints" / f".{step_folder(2)}.tmp"):
+        leftover.mkdir()
+        (leftover / "shard-00000-of-00001.safetensors").touch()
+    (run / "best").rename(run / ".best.old")
+
+    def start_session():
+        config = replace(RunConfig(), output_dir=str(run.parent), name=run.name)
+        found = _checkpoint_to_resume(config, RunFolder.of(config), join_alone())
+        assert found == run / "checkpoints" / step_folder(1)
+
+    assert in_child(start_session) == (False, "")
+    assert sorted(path.name for path in run.rglob("*") if path.is_dir()) == [
+        "best", "checkpoints", step_folder(1),
+    ]  # fmt: skip

@@ -29,7 +29,10 @@ UNREPEATABLE = ("time/", "memory/", "train/tokens_per_second")
 def resume_twice(world: World, folder: Path, precision: str) -> dict[str, Any]:
     """An uncut run, and one cut inside the first epoch and again inside the second."""
     ds = PRECISIONS[precision]
-    updates = {"training": {"micro_batch_size": 2 // world.world_size}}
+    updates = {
+        "training": {"micro_batch_size": 2 // world.world_size},
+        "checkpoint": {"async_write": precision == "fp32"},
+    }
     uncut = train_toy(toy_run(folder, name="uncut", **updates), ds, world)
     cut = toy_run(folder, name="cut", **updates)
     pieces = [

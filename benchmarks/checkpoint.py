@@ -1,0 +1,282 @@
+"""Saving and loading a run of at least a gigabyte: megamoe beside DeepSpeed's engine and torch.save.
+
+One rank, one engine (dense Transformer-XL, bf16 with fp32 masters at ZeRO-1, Adam), which every way saves and
+loads in turn, round by round. Dense, because DeepSpeed cannot save megamoe's experts.
+
+stall   seconds in which training cannot go on
+total   seconds until the files are on the disk: of the others fsync is counted too, which they leave out
+extra   peak of resident memory above what the process held before, MB
+
+    python benchmarks/checkpoint.py --output benchmarks/results/2026-11-22-checkpoint
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamoe.checkpoint.reader import CheckpointReader
+from megamoe.checkpoint.restore import restore_checkpoint
+from megamoe.checkpoint.state import TrainingState
+from megamoe.checkpoint.writer import CheckpointWriter
+from megamoe.config import from_dict
+from megamoe.parallel.device import Device
+from megamoe.parallel.ds_config import resolve_ds_config
+from megamoe.parallel.engine import Engine
+from megamoe.parallel.launch import Launch, start
+
+VOCAB_SIZE = 256
+DS = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+Figures = dict[str, float]
+
+
+class Bench:
+    """The engine, and each way of saving and loading it."""
+
+    def __init__(self, n_layers: int, folder: Path) -> None:
+        self.folder = folder
+        self.run = from_dict({
+            "model": {
+                "n_layers": n_layers, "d_model": 1024, "n_heads": 16, "d_head": 64, "d_inner": 4096,
+                "segment_len": 4, "memory_len": 0,
+            },
+            "moe": {"layers": "none"},
+            "training": {"batch_size": 1},
+        })  # fmt: skip
+        self.world = start(Launch())
+        ds = resolve_ds_config(self.run, DS, 1, Device.detect())
+        self.engine = Engine(self.run, ds, self.world, VOCAB_SIZE)
+        self.writers = {
+            name: CheckpointWriter(self.world, background=name == "async") for name in ("async", "sync")
+        }
+        tokens = torch.arange(5)[None]
+        loss = self.engine.forward(tokens[:, :-1], tokens[:, 1:]).loss_BS
+        assert loss is not None
+        self.engine.backward(loss.mean())
+        self.engine.step()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of fp32 weights and both moments."""
+        return 12 * sum(parameter.numel() for parameter in self.engine.model.parameters())
+
+    def save_ours(self, name: str) -> Figures:
+        """Stall is the copy, and the completion once the thread has written."""
+        writer, folder = self.writers[name], self.folder / name / "best"
+        run = replace(self.run, model=self.engine.model.model_config)
+        begin = time.perf_counter()
+        done = writer.save([folder], self.engine, TrainingState(step=1), run=run)
+        stall = time.perf_counter() - begin
+        while not done:
+            time.sleep(0.005)
+            poll = time.perf_counter()
+            done = writer.poll()
+            if done:
+                stall += time.perf_counter() - poll
+        return {"stall": stall, "total": time.perf_counter() - begin}
+
+    def save_deepspeed(self) -> Figures:
+        """`engine.save_checkpoint`, then fsync."""
+        return self._timed(
+            lambda: self.engine.deepspeed.save_checkpoint(str(self.folder / "deepspeed"), tag="1")
+        )
+
+    def save_torch(self) -> Figures:
+        """`torch.save` of the weights and of the optimizer's masters and moments, then fsync."""
+
+        def save() -> None:
+            (self.folder / "torch").mkdir()
+            torch.save(self._state(), self.folder / "torch" / "state.pt")
+
+        return self._timed(save)
+
+    def load_ours(self, verify: bool) -> Figures:
+        """Restore into the engine, with or without comparing hashes first."""
+        begin = time.perf_counter()
+        restore_checkpoint(
+            CheckpointReader(self.folder / "async" / "best"), self.engine, self.world, verify=verify
+        )
+        return {"total": time.perf_counter() - begin}
+
+    def load_deepspeed(self) -> Figures:
+        """`engine.load_checkpoint`."""
+        begin = time.perf_counter()
+        self.engine.deepspeed.load_checkpoint(str(self.folder / "deepspeed"))
+        return {"total": time.perf_counter() - begin}
+
+    def load_torch(self) -> Figures:
+        """`torch.load`, then into the model and the optimizer."""
+        begin = time.perf_counter()
+        state = torch.load(self.folder / "torch" / "state.pt", weights_only=True)
+        self.engine.model.load_state_dict(state["model"])
+        self.engine.deepspeed.basic_optimizer.load_state_dict(state["optimizer"])
+        for ours, saved in zip(self._masters(), state["masters"], strict=True):
+            ours.data.copy_(saved)
+        return {"total": time.perf_counter() - begin}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.engine.model.state_dict(),
+            "optimizer": self.engine.deepspeed.basic_optimizer.state_dict(),
+            "masters": self._masters(),
+        }
+
+    def _masters(self) -> list[torch.Tensor]:
+        return [p.detach() for group in self.engine.deepspeed.optimizer.param_groups for p in group["params"]]
+
+    def _timed(self, save: Callable[[], Any]) -> Figures:
+        begin = time.perf_counter()
+        save()
+        stall = time.perf_counter() - begin
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+        return {"stall": stall, "total": time.perf_counter() - begin}
+
+
+def measured(action: Callable[[], Figures]) -> Figures:
+    """`action`'s figures and the peak of memory it needs."""
+    os.sync()
+    Path("/proc/self/clear_refs").write_text("5")  # makes VmHWM what is held now
+    before = _memory("VmRSS")
+    figures = action()
+    return figures | {"extra": (_memory("VmHWM") - before) / 1000}
+
+
+def _memory(field: str) -> int:
+    """kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def compare(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Medians of every way, and the bytes it wrote. Of the first save of each only the stall counts."""
+    saves = {
+        "async": lambda: bench.save_ours("async"),
+        "sync": lambda: bench.save_ours("sync"),
+        "deepspeed": bench.save_deepspeed,
+        "torch": bench.save_torch,
+    }
+    loads = {
+        "megamoe": lambda: bench.load_ours(True),
+        "megamoe, hashes not compared": lambda: bench.load_ours(False),
+        "deepspeed": bench.load_deepspeed,
+        "torch": bench.load_torch,
+    }
+    saved: dict[str, list[Figures]] = {name: [] for name in saves}
+    loaded: dict[str, list[Figures]] = {name: [] for name in loads}
+    for _ in range(rounds + 1):
+        for name, save in saves.items():
+            shutil.rmtree(bench.folder / name, ignore_errors=True)
+            saved[name].append(measured(save))
+    for _ in range(rounds):
+        for name, load in loads.items():
+            loaded[name].append(measured(load))
+    return {
+        "save": {
+            name: _medians(figures[1:])
+            | {"first_stall": figures[0]["stall"], "bytes": size_of(bench.folder / name)}
+            for name, figures in saved.items()
+        },
+        "load": {name: _medians(figures) for name, figures in loaded.items()},
+    }
+
+
+def _medians(figures: list[Figures]) -> Figures:
+    return {key: statistics.median(figure[key] for figure in figures) for key in figures[0]}
+
+
+TITLES = {
+    "async": "megamoe, `async_write`",
+    "sync": "megamoe, waiting",
+    "deepspeed": "`engine.save_checkpoint`",
+    "torch": "`torch.save`",
+}
+REPORT = """\
+# Saving and loading a checkpoint
+
+{date}, `{command}`, {machine}.
+State: {state:.2f} GB of fp32 weights and Adam moments, one rank, medians of {rounds} interleaved rounds.
+
+| save | training stalls, s | stall of the first, s | until on disk, s | bytes / state | extra memory, MB |
+|---|---|---|---|---|---|
+{saves}
+
+| load | s | extra memory, MB |
+|---|---|---|
+{loads}
+
+Training stalls for {share:.1%} of DeepSpeed's save. On disk means after fsync, which DeepSpeed and
+`torch.save` leave out and are timed with here. Loads come from the page cache. DeepSpeed and `torch.save`
+also write the bf16 weights; megamoe hashes what it writes, and compares hashes when it loads. `async_write`
+keeps a copy of the state in host memory: the first save allocates it, so that it is not among the extra
+memory of later ones. What megamoe needs to load are pages of the mapped files.
+"""
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    state = result["state_bytes"]
+    saves = [
+        f"| {TITLES[name]} | {row['stall']:.3f} | {row['first_stall']:.3f} | {row['total']:.2f} |"
+        f" {row['bytes'] / state:.4f} | {row['extra']:.0f} |"
+        for name, row in result["save"].items()
+    ]
+    loads = [f"| {name} | {row['total']:.2f} | {row['extra']:.0f} |" for name, row in result["load"].items()]
+    share = result["save"]["async"]["stall"] / result["save"]["deepspeed"]["stall"]
+    return REPORT.format(
+        **result, state=state / 1e9, saves="\n".join(saves), loads="\n".join(loads), share=share
+    )
+
+
+def main() -> int:
+    """Measure, print, and write JSON and Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=7, help="layers of 13.6 million weights (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--output", type=Path, help="name of the .json and .md files to write")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        bench = Bench(args.layers, Path(folder))
+        result = {
+            "command": shlex.join(["python", *sys.argv]),
+            "date": date.today().isoformat(),
+            "machine": f"{os.cpu_count()} shared CPU cores ({platform.machine()}), torch {torch.__version__},"
+            f" load average {os.getloadavg()[0]:.1f} at the start",
+            "state_bytes": bench.n_bytes,
+            "rounds": args.rounds,
+        } | compare(bench, args.rounds)
+    print(report(result))
+    if args.output:
+        args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        args.output.with_suffix(".md").write_text(report(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
