@@ -4,12 +4,13 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-_main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"))["main"]
+_TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"))
+COMMANDS: dict[str, str] = _TOOL["COMMANDS"]
 
 
 def run_tool(*arguments: Any) -> int:
     """Its exit code."""
-    return _main([str(argument) for argument in arguments])
+    return _TOOL["main"]([str(argument) for argument in arguments])
 
 
 def convert(*arguments: Any) -> None:
