@@ -25,7 +25,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     for line in block.splitlines()
 ]
-FOLLOW_UPS = [command for command in COMMANDS if command.startswith(".venv/bin/megamoe")]
+FOLLOW_UPS = [command for command in COMMANDS if command.startswith(".venv/bin/")]
 LAUNCHES = [command for command in COMMANDS if " train " in command]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -38,11 +38,13 @@ def workspace(tmp_path_factory):
     for path in REPOSITORY.iterdir():
         if path.name not in (".git", ".venv", "runs"):
             (folder / path.name).symlink_to(path)
-    # Make finds an environment that is newer than what it is made from, and does not make another.
-    binaries = folder / ".venv" / "bin"
-    binaries.parent.mkdir()
-    binaries.symlink_to(Path(sys.executable).parent)
-    (binaries.parent / ".installed").touch()
+    environment = folder / ".venv"
+    environment.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != ".installed":
+            (environment / path.name).symlink_to(path)
+    # Newer than what it is made from, so that make does not make another.
+    (environment / ".installed").touch()
     return folder
 
 
@@ -129,5 +131,5 @@ def test_launch_line(workspace, command):
 
 
 def test_the_readme_names_them_all():
-    assert len(FOLLOW_UPS) >= 4
+    assert len(FOLLOW_UPS) >= 6
     assert len(LAUNCHES) >= 3
