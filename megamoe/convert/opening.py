@@ -57,7 +57,11 @@ def open_any(path: Path) -> Opened:
         return _open_published(path / PUBLISHED_FILE)
     folder = locate(path)
     tensors, config, _ = open_neutral(folder, verify=False)
-    return Opened(folder, "neutral checkpoint", tensors, config, CheckpointReader(folder).verify_files)
+
+    def verify_files() -> None:
+        CheckpointReader(folder).verify_files()
+
+    return Opened(folder, "neutral checkpoint", tensors, config, verify_files)
 
 
 def _open_published(path: Path) -> Opened:
