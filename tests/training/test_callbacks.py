@@ -88,9 +88,10 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert (tmp_path / "train.log").read_text() == output.getvalue()
 
 
-def test_a_bar_on_a_terminal_and_lines_in_the_log(tmp_path):
+@pytest.mark.parametrize("width", [80, 150])
+def test_a_bar_on_a_terminal_and_lines_in_the_log(width, tmp_path):
     output = io.StringIO()
-    console = ConsoleCallback(tmp_path / "train.log", Console(file=output, width=150, force_terminal=True))
+    console = ConsoleCallback(tmp_path / "train.log", Console(file=output, width=width, force_terminal=True))
     console.start_bar(stand_in(tmp_path, step=0))
     console.on_log(stand_in(tmp_path), METRICS)
     console.on_evaluation(stand_in(tmp_path), VALID)
@@ -98,7 +99,8 @@ def test_a_bar_on_a_terminal_and_lines_in_the_log(tmp_path):
     shown = output.getvalue()
     assert "━" in shown
     assert "4/14" in shown
-    assert "load 1.50x" in shown
+    assert "load 1.50x  ETA 1:02:05" in shown
+    assert "…" not in shown
     assert "validation: 1.4427 bpc" in shown
     log = (tmp_path / "train.log").read_text()
     assert log.startswith("step  4/14 |  2.8850 bpc | lr 1.00e-03")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from megamoe.training.trainer import Trainer
 
 LOG_WIDTH = 120
+BESIDE_THE_BAR = ("loss", "lr", "speed", "load", "eta")
+"""What fits beside the bar where a terminal is 80 columns wide; the log has all."""
 
 
 class ConsoleCallback(Callback):
@@ -36,18 +38,21 @@ class ConsoleCallback(Callback):
         """Show a progress bar where there is a terminal."""
         if self.terminal.is_terminal:
             self._bar = Progress(
-                BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.description}"), console=self.terminal,
-            )  # fmt: skip
+                BarColumn(bar_width=max(4, min(40, self.terminal.width - 76))),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.description}"),
+                console=self.terminal,
+            )
             self._bar.add_task("starting", total=trainer.run.training.max_steps, completed=trainer.step)
             self._bar.start()
 
     def on_log(self, trainer: "Trainer", metrics: dict[str, Any]) -> None:
         """Move the bar, or write a line."""
-        line = _progress(trainer, metrics)
+        parts = _progress(trainer, metrics)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.step, description=line)
-        self.show(f"{_step(trainer)} | {line}", only_log=self._bar is not None)
+            shown = "  ".join(parts[name].strip() for name in BESIDE_THE_BAR if name in parts)
+            self._bar.update(self._bar.task_ids[0], completed=trainer.step, description=shown)
+        self.show(" | ".join([_step(trainer), *parts.values()]), only_log=self._bar is not None)
 
     def on_evaluation(self, trainer: "Trainer", evaluation: Evaluation) -> None:
         """Write the figures at each k: validation as a line, test as a table."""
@@ -99,19 +104,21 @@ def _step(trainer: "Trainer") -> str:
     return f"step {trainer.step:>{len(str(total))}}/{total}"
 
 
-def _progress(trainer: "Trainer", metrics: dict[str, Any]) -> str:
+def _progress(trainer: "Trainer", metrics: dict[str, Any]) -> dict[str, str]:
+    """What a line says, by name, in its order."""
     metric = trainer.corpus.metric
-    parts = [
-        f"{format_figure(metrics[f'train/{metric}'], metric):>11}",
-        f"lr {metrics['train/lr']:.2e}",
-        f"grad {metrics['train/grad_norm']:6.3f}",
-        f"{metrics['train/tokens_per_second'] / 1000:6.1f}k tok/s",
-    ]
+    parts = {
+        "loss": f"{format_figure(metrics[f'train/{metric}'], metric):>11}",
+        "lr": f"lr {metrics['train/lr']:.2e}",
+        "grad": f"grad {metrics['train/grad_norm']:6.3f}",
+        "speed": f"{metrics['train/tokens_per_second'] / 1000:6.1f}k tok/s",
+    }
     if "routing/max_over_mean" in metrics:
-        parts += [f"k {metrics['train/top_k']:>2}", f"load {metrics['routing/max_over_mean']:.2f}x"]
+        parts["k"] = f"k {metrics['train/top_k']:>2}"
+        parts["load"] = f"load {metrics['routing/max_over_mean']:.2f}x"
     if metrics["train/skipped_steps"]:
-        parts.append(f"skipped {metrics['train/skipped_steps']}")
-    return " | ".join([*parts, f"ETA {_clock(metrics['time/eta_seconds'])}"])
+        parts["skipped"] = f"skipped {metrics['train/skipped_steps']}"
+    return parts | {"eta": f"ETA {_clock(metrics['time/eta_seconds'])}"}
 
 
 def _clock(seconds: float) -> str:
