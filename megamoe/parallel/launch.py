@@ -225,6 +225,14 @@ class World:
         """The mean over ranks, without gradient."""
         return self.sum(values) / self.world_size
 
+    def max(self, value: int) -> int:
+        """The largest `value` of any rank. One rank alone communicates nothing."""
+        if self.world_size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in order of rank."""
         values = [None] * self.world_size

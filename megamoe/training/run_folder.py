@@ -19,6 +19,10 @@ class RunFolder:
         """The folder that `run.output_dir` and `run.name` name."""
         return cls(Path(run.output_dir) / run.name)
 
+    def holds(self, path: Path) -> bool:
+        """Whether `path` lies in this folder."""
+        return path.resolve().is_relative_to(self.root.resolve())
+
     @property
     def config(self) -> Path:
         """The resolved run config."""

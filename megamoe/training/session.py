@@ -16,12 +16,13 @@ from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus, load_corpus
 from megamoe.data.stream import TokenStream
-from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError
+from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError, StoppedError
 from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routers import resolve_options
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.launch import Launch, World, start
+from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
 from megamoe.training.evaluation import evaluation_span, top_ks_to_score
@@ -41,6 +42,7 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
 
     Raises:
         DivergenceError: training was stopped by its guard.
+        StoppedError: a signal stopped the run.
         MegaMoEError: something does not fit. Nothing has been written then.
     """
     ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
@@ -49,11 +51,14 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
     evaluation_span(run)
     folder = RunFolder.of(run)
     with joined(launch) as world:
+        asked = signals.agreed(world)
+        if asked is not None:
+            raise StoppedError(f"stopped on {asked.name} before the first step")
         corpus = agree(world, lambda: load_checked_corpus(run))
         run = with_vocabulary(run, corpus)
         callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
         checkpoint = _checkpoint_to_resume(run, folder, world)
-        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, corpus))
+        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, corpus))
         trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
         if reader is not None:
             trainer.resume(reader)
@@ -139,7 +144,7 @@ def _checkpoint_to_resume(run: RunConfig, folder: RunFolder, world: World) -> Pa
     def find() -> Path | None:
         if not world.is_main:
             return None
-        if run.checkpoint.resume == "auto":
+        if run.checkpoint.resume != "never":
             for parent in (folder.root, folder.checkpoints):
                 clear_leftovers(parent)
         return find_checkpoint(run, folder)
@@ -150,13 +155,14 @@ def _checkpoint_to_resume(run: RunConfig, folder: RunFolder, world: World) -> Pa
 def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
     """The checkpoint that `checkpoint.resume` means; None starts from scratch.
 
+    A run that began with another run's checkpoint goes on from its own, so that the command that began
+    it goes on with it.
+
     Raises:
         ConfigError: it says "never", and the run folder holds a run.
         CheckpointError: the one it names does not exist, or the run folder holds damaged ones only.
     """
     resume = run.checkpoint.resume
-    if resume not in ("auto", "never"):
-        return locate(resume)
     started = bool(step_folders(folder.checkpoints))
     if resume == "never":
         if started:
@@ -164,22 +170,26 @@ def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
                 f"checkpoint.resume = 'never': {folder.root} holds a run; give another name, or remove it"
             )
         return None
+    if resume != "auto" and (not started or folder.holds(Path(resume))):
+        return locate(resume)
     found = find_latest(folder.root)
     if started and found is None:
         raise CheckpointError(
-            f"checkpoint.resume = 'auto': no checkpoint in {folder.checkpoints} is complete; remove them to"
-            " start over"
+            f"checkpoint.resume = {resume!r}: no checkpoint in {folder.checkpoints} is complete; remove them"
+            " to start over"
         )
     return found
 
 
-def _open_checkpoint(checkpoint: Path | None, run: RunConfig, corpus: Corpus) -> CheckpointReader | None:
+def _open_checkpoint(
+    checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Corpus
+) -> CheckpointReader | None:
     if checkpoint is None:
         return None
     reader = CheckpointReader(checkpoint)
     require_same_tokens(reader, corpus)
     require_same_options(reader, run.model, run.moe)
-    if run.checkpoint.resume == "auto":
+    if folder.holds(checkpoint):
         _require_same_run(reader, run, corpus)
     return reader
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megamoe.checkpoint.format import step_folder
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.restore import read_memory, restore_checkpoint
 from megamoe.checkpoint.state import TrainingState
@@ -17,7 +18,7 @@ from megamoe.checkpoint.writer import CheckpointWriter, memory_slices
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
 from megamoe.data.stream import TokenStream
-from megamoe.errors import CheckpointError, MegaMoEError
+from megamoe.errors import CheckpointError, MegaMoEError, StoppedError
 from megamoe.moe.initialization import generator
 from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routers import router_class
@@ -25,6 +26,7 @@ from megamoe.moe.routing import Routing
 from megamoe.moe.schedules import top_k_at
 from megamoe.parallel.engine import Engine
 from megamoe.parallel.launch import World
+from megamoe.training import signals
 from megamoe.training.callbacks.callback import Callback, StepRecord
 from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
 from megamoe.training.guard import Guard
@@ -83,16 +85,24 @@ class Trainer:
         self.best_figure: float | None = None
         self.best_step: int | None = None
         self.last_checkpoint: Path | None = None
+        self._kept_step = 0  # the last whose state needs no saving, because it is saved or the very start
         self._writer = CheckpointWriter(world, background=run.checkpoint.async_write)
         self._guard = Guard(run, world)
         self._window = Window()
 
     def train(self) -> None:
-        """Run from the present step to the last, then score the test split with the best weights."""
+        """Run from the present step to the last, then score the test split with the best weights.
+
+        Raises:
+            StoppedError: on all ranks, because one got a signal of `signals.SIGNALS`. What was done is kept.
+            DivergenceError: the guard stopped the run.
+        """
         try:
             self._tell("on_train_start")
+            self._stop_if_asked()
             while self.step < self.run.training.max_steps:
                 self._advance()
+                self._stop_if_asked()
             self.wait_for_save()
             self._score_test()
             self._tell("on_train_end")
@@ -120,6 +130,22 @@ class Trainer:
             self._validate()
         self._tell("on_step_end", record)
         self._announce(self._writer.poll())
+
+    def _stop_if_asked(self) -> None:
+        """Between steps: if a rank got a signal, end the run with a checkpoint of this very step."""
+        asked = signals.agreed(self.world)
+        if asked is None:
+            return
+        if self.step != self._kept_step:
+            self.save([self.folder.checkpoints / step_folder(self.step)])
+        self.wait_for_save()
+        raise StoppedError(f"stopped on {asked.name}")
+
+    def _stop_scoring_if_asked(self) -> None:
+        """The engine may hold the best weights by now, and the last ones are in a checkpoint."""
+        asked = signals.agreed(self.world)
+        if asked is not None:
+            raise StoppedError(f"stopped on {asked.name} before the test split was scored")
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps (0: at the end alone) is due after this step."""
@@ -183,7 +209,7 @@ class Trainer:
     def _validate(self) -> None:
         """Score the validation split at `moe.top_k` and at all experts; the latter decides what is best."""
         moe, max_tokens = self.run.moe, self.run.evaluation.max_tokens
-        evaluation = self._evaluate("valid", (moe.top_k, moe.n_experts), self.step, max_tokens)
+        evaluation = self._evaluate("valid", (moe.top_k, moe.n_experts), self.step, max_tokens=max_tokens)
         self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
         figure = evaluation.figure(evaluation.largest_k)
         if math.isfinite(figure) and (self.best_figure is None or figure < self.best_figure):
@@ -198,14 +224,17 @@ class Trainer:
             best = restore_checkpoint(reader, self.engine, self.world, load_optimizer=False)
             # After a resume from before it, the folder knows better than this process.
             self.best_figure, self.best_step, step = best.best_metric, best.step, best.step
-        self._tell("on_evaluation", self._evaluate("test", self.run.evaluation.top_ks, step))
+        evaluation = self._evaluate(
+            "test", self.run.evaluation.top_ks, step, after_segment=self._stop_scoring_if_asked
+        )
+        self._tell("on_evaluation", evaluation)
 
-    def _evaluate(self, split: str, wanted: Sequence[int], step: int, max_tokens: int = 0) -> Evaluation:
+    def _evaluate(self, split: str, wanted: Sequence[int], step: int, **options: Any) -> Evaluation:
         self.engine.eval()
         try:
             return evaluate(
                 self.engine.forward, self.corpus, split, top_ks_to_score(self.run, wanted), self.run,
-                self.world, step=step, max_tokens=max_tokens,
+                self.world, step=step, **options,
             )  # fmt: skip
         finally:
             self.engine.train()
@@ -226,7 +255,8 @@ class Trainer:
         self.step, self.tokens = state.step, state.tokens_seen
         self.plateau = Plateau(**state.schedule)
         self.last_checkpoint = reader.folder
-        if reader.folder.resolve().is_relative_to(self.folder.root.resolve()):
+        self._kept_step = state.step
+        if self.folder.holds(reader.folder):
             self.best_figure, self.best_step = state.best_metric, state.best_step
 
     def save(self, folders: Sequence[Path]) -> None:
@@ -243,6 +273,8 @@ class Trainer:
             run=self.run,
             memory=memory_slices(memory, self.engine.rows, self.run.training.batch_size),
         )  # fmt: skip
+        if any(folder.parent == self.folder.checkpoints for folder in folders):
+            self._kept_step = self.step
         self._announce(complete)
 
     def wait_for_save(self) -> None:
