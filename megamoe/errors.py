@@ -43,3 +43,7 @@ class StoppedError(MegaMoEError):
     """A signal asked the run to stop; all it has done is in a checkpoint, and the same command goes on."""
 
     exit_code = ExitCode.STOPPED
+
+
+class LostRankError(Exception):
+    """Another rank is gone, so the ranks cannot agree on anything any more: not a `MegaMoEError`."""

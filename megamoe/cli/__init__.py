@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from megamoe import __version__
 from megamoe.cli import config, env, evaluate, presets, routers, train
-from megamoe.errors import ConfigError, ExitCode, MegaMoEError, StoppedError
+from megamoe.errors import ConfigError, ExitCode, LostRankError, MegaMoEError, StoppedError
 
 COMMANDS = {
     "train": train,
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except MegaMoEError as error:
         return _refuse(error)
+    except LostRankError as error:
+        _leave_at_once(error)
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
@@ -86,6 +88,14 @@ def _refuse(error: MegaMoEError) -> int:
     else:
         time.sleep(GRACE_SECONDS)
     return error.exit_code
+
+
+def _leave_at_once(error: LostRankError) -> NoReturn:
+    """End without the usual tidying up, which would wait for the rank that is gone."""
+    print("megamoe: error:", error, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ExitCode.LOST_RANK)
 
 
 def _is_main() -> bool:

@@ -19,6 +19,8 @@ from megamoe.errors import DistributedError
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other to come up, and in any collective."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ class World:
         dist.destroy_process_group()
 
 
-def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> World:
+def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
     """Join the process group of a run: NCCL on GPUs, else gloo. A group that exists is used as it is.
 
     Raises:

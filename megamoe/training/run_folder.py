@@ -64,6 +64,11 @@ class RunFolder:
         return self.root / "best"
 
     @property
+    def heartbeats(self) -> Path:
+        """Folder of the ranks' signs of life, see `megamoe.training.heartbeat`."""
+        return self.root / "heartbeats"
+
+    @property
     def plots(self) -> Path:
         """Folder of images."""
         return self.root / "plots"

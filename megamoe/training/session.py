@@ -1,9 +1,11 @@
 """From a config to a finished run: everything is checked, then the run folder is made, then it trains."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +23,13 @@ from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routers import resolve_options
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
-from megamoe.parallel.launch import Launch, World, start
+from megamoe.parallel.launch import GROUP_TIMEOUT, Launch, World, start
+from megamoe.parallel.lost import is_lost_rank, lost_rank
 from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
 from megamoe.training.evaluation import evaluation_span, top_ks_to_score
+from megamoe.training.lock import RunLock
 from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.trainer import Trainer
 
@@ -43,6 +47,7 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
     Raises:
         DivergenceError: training was stopped by its guard.
         StoppedError: a signal stopped the run.
+        LostRankError: another rank does not answer.
         MegaMoEError: something does not fit. Nothing has been written then.
     """
     ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
@@ -50,35 +55,48 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
     top_ks_to_score(run, run.evaluation.top_ks)
     evaluation_span(run)
     folder = RunFolder.of(run)
-    with joined(launch) as world:
+    lock = RunLock(folder.root)
+    with joined(launch, run.training.hang_timeout) as world:
         asked = signals.agreed(world)
         if asked is not None:
             raise StoppedError(f"stopped on {asked.name} before the first step")
         corpus = agree(world, lambda: load_checked_corpus(run))
         run = with_vocabulary(run, corpus)
         callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
+        agree(world, lambda: lock.acquire() if world.is_main else None)
         checkpoint = _checkpoint_to_resume(run, folder, world)
         reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, corpus))
         trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
         if reader is not None:
             trainer.resume(reader)
         _rehearse(trainer)
-        agree(world, lambda: _make_folder(run, ds_config, folder) if world.is_main else None)
+        agree(world, lambda: _make_folder(run, ds_config, folder, lock) if world.is_main else None)
         trainer.train()
 
 
 @contextmanager
-def joined(launch: Launch) -> Iterator[World]:
+def joined(launch: Launch, hang_timeout: float = 0.0) -> Iterator[World]:
     """The process group of a launch, which is left at the end and on errors that every rank meets.
 
     After any other error the process just ends, and its launcher ends the others: leaving the group in
     order would wait for ranks that wait for this one.
+
+    Args:
+        launch: who this process is.
+        hang_timeout: seconds that a collective may take at least.
+
+    Raises:
+        LostRankError: another rank does not answer.
     """
-    world = start(launch)
+    world = start(launch, max(GROUP_TIMEOUT, timedelta(seconds=hang_timeout + 60)))
     try:
         yield world
     except MegaMoEError:
         world.shutdown()
+        raise
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            raise lost_rank(error, world.rank, "at the start or the end") from error
         raise
     world.shutdown()
 
@@ -230,10 +248,12 @@ def _rehearse(trainer: Trainer) -> None:
     engine.train()
 
 
-def _make_folder(run: RunConfig, ds_config: Mapping[str, Any], folder: RunFolder) -> None:
+def _make_folder(run: RunConfig, ds_config: Mapping[str, Any], folder: RunFolder, lock: RunLock) -> None:
     config = run.to_dict()
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        shutil.rmtree(folder.heartbeats, ignore_errors=True)  # of a job before
         write_json(folder.config, config)
         write_json(folder.ds_config, ds_config)
         write_json(folder.environment, describe_environment(config))

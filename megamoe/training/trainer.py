@@ -18,7 +18,7 @@ from megamoe.checkpoint.writer import CheckpointWriter, memory_slices
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
 from megamoe.data.stream import TokenStream
-from megamoe.errors import CheckpointError, MegaMoEError, StoppedError
+from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
 from megamoe.moe.initialization import generator
 from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routers import router_class
@@ -26,10 +26,12 @@ from megamoe.moe.routing import Routing
 from megamoe.moe.schedules import top_k_at
 from megamoe.parallel.engine import Engine
 from megamoe.parallel.launch import World
+from megamoe.parallel.lost import is_lost_rank, lost_rank
 from megamoe.training import signals
 from megamoe.training.callbacks.callback import Callback, StepRecord
 from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
 from megamoe.training.guard import Guard
+from megamoe.training.heartbeat import Heartbeat, Watch
 from megamoe.training.learning_rate import Plateau, learning_rate
 from megamoe.training.run_folder import RunFolder
 from megamoe.training.window import Window
@@ -89,6 +91,7 @@ class Trainer:
         self._writer = CheckpointWriter(world, background=run.checkpoint.async_write)
         self._guard = Guard(run, world)
         self._window = Window()
+        self._heartbeat = Heartbeat()
 
     def train(self) -> None:
         """Run from the present step to the last, then score the test split with the best weights.
@@ -96,7 +99,10 @@ class Trainer:
         Raises:
             StoppedError: on all ranks, because one got a signal of `signals.SIGNALS`. What was done is kept.
             DivergenceError: the guard stopped the run.
+            LostRankError: another rank does not answer.
         """
+        watch = Watch(self._heartbeat, self.run, self.world, self.folder.heartbeats)
+        watch.start()
         try:
             self._tell("on_train_start")
             self._stop_if_asked()
@@ -107,9 +113,21 @@ class Trainer:
             self._score_test()
             self._tell("on_train_end")
         except BaseException as error:
+            watch.stop(keep_sign=not isinstance(error, StoppedError))
+            if is_lost_rank(error):
+                error = self._lost_rank(error)
             self._keep_last_save(error)
             self._tell("on_error", error)
-            raise
+            raise error
+        watch.stop(keep_sign=False)
+
+    def _lost_rank(self, error: BaseException) -> LostRankError:
+        heart = self._heartbeat
+        return lost_rank(error, self.world.rank, f"after step {heart.step} in {heart.phase}")
+
+    def _beat(self, phase: str) -> None:
+        """Every rank is about to do `phase`."""
+        self._heartbeat.beat(phase, self.step)
 
     def _keep_last_save(self, error: BaseException) -> None:
         """Complete what is being written if every rank has met `error`, so that none waits for another."""
@@ -120,6 +138,7 @@ class Trainer:
                 logger.error("%s", failure)
 
     def _advance(self) -> None:
+        self._beat("data")
         begin = time.perf_counter()
         record = self._train_step()
         self._window.add(record, time.perf_counter() - begin)
@@ -143,6 +162,7 @@ class Trainer:
 
     def _stop_scoring_if_asked(self) -> None:
         """The engine may hold the best weights by now, and the last ones are in a checkpoint."""
+        self._beat("test")
         asked = signals.agreed(self.world)
         if asked is not None:
             raise StoppedError(f"stopped on {asked.name} before the test split was scored")
@@ -170,6 +190,7 @@ class Trainer:
         )
         for index, (input_ids_BS, targets_BS) in enumerate(micro_batches):
             self._seed_dropout(index)
+            self._beat("forward")
             output = engine.forward(
                 input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
                 top_k=top_k, step=self.step,
@@ -177,11 +198,13 @@ class Trainer:
             assert output.loss_BS is not None
             loss = output.loss_BS.mean()
             weighted, auxiliary = auxiliary_loss(output.routings, run.moe, self.world.mean)
+            self._beat("backward")
             engine.backward(loss + weighted)
             self.memories[index] = output.memory
             losses.append(loss.detach())
             auxiliaries.append(auxiliary)
             routings = output.routings
+        self._beat("update")
         result = engine.step()
         self.step += 1
         n_tokens = run.training.batch_size * batch.targets_BS.shape[1]
@@ -198,6 +221,7 @@ class Trainer:
         torch.manual_seed(seed.initial_seed())
 
     def _log(self, record: StepRecord) -> None:
+        self._beat("log")
         figures = self._window.figures(record, self.world, self.corpus.metric)
         steps_left = self.run.training.max_steps - self.step
         figures["time/eta_seconds"] = steps_left * figures["time/step_seconds"]
@@ -209,7 +233,10 @@ class Trainer:
     def _validate(self) -> None:
         """Score the validation split at `moe.top_k` and at all experts; the latter decides what is best."""
         moe, max_tokens = self.run.moe, self.run.evaluation.max_tokens
-        evaluation = self._evaluate("valid", (moe.top_k, moe.n_experts), self.step, max_tokens=max_tokens)
+        evaluation = self._evaluate(
+            "valid", (moe.top_k, moe.n_experts), self.step,
+            max_tokens=max_tokens, after_segment=lambda: self._beat("validation"),
+        )  # fmt: skip
         self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
         figure = evaluation.figure(evaluation.largest_k)
         if math.isfinite(figure) and (self.best_figure is None or figure < self.best_figure):
@@ -218,6 +245,7 @@ class Trainer:
 
     def _score_test(self) -> None:
         """Score the test split with the best weights, or with the last where no validation was finite."""
+        self._beat("test")
         step = self.step
         if self.best_step is not None:
             reader = CheckpointReader(self.folder.best)
@@ -264,6 +292,7 @@ class Trainer:
 
         Callbacks are told of each folder after the step by which it is complete.
         """
+        self._beat("saving")
         memory: list[torch.Tensor] = []
         if self.memories[0] is not None:
             parts = [memory for memory in self.memories if memory is not None]
@@ -279,6 +308,7 @@ class Trainer:
 
     def wait_for_save(self) -> None:
         """Complete the checkpoint that is still being written, if there is one; on all ranks."""
+        self._beat("saving")
         self._announce(self._writer.wait())
 
     def _announce(self, complete: Sequence[Path]) -> None:

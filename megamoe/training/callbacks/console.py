@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 
-from megamoe.errors import StoppedError
+from megamoe.errors import LostRankError, StoppedError
 from megamoe.training.banner import banner
 from megamoe.training.callbacks.callback import Callback
 from megamoe.training.evaluation import Evaluation
@@ -88,10 +88,10 @@ class ConsoleCallback(Callback):
 
     def show(self, what: RenderableType, *, only_log: bool = False) -> None:
         """Print to the terminal and, as plain text, into the log."""
-        if not only_log:
-            self.terminal.print(what, highlight=False, soft_wrap=isinstance(what, str))
+        plain = isinstance(what, str)  # brackets in it are brackets
         text = io.StringIO()
-        Console(file=text, width=LOG_WIDTH).print(what, highlight=False, soft_wrap=isinstance(what, str))
+        for console in (Console(file=text, width=LOG_WIDTH), *([] if only_log else [self.terminal])):
+            console.print(what, highlight=False, markup=not plain, soft_wrap=plain)
         with self.log.open("a", encoding="utf-8") as log:
             log.write(text.getvalue())
 
@@ -102,7 +102,7 @@ class ConsoleCallback(Callback):
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, StoppedError):
+    if isinstance(error, StoppedError | LostRankError):
         return str(error)
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
 
