@@ -22,13 +22,14 @@ def load_model(path: str | Path, *, verify: bool = True) -> TransformerXL:
     Args:
         path: a run folder, whose newest checkpoint is taken; a ``step-*`` or ``best`` folder; or an exported
             folder.
-        verify: compare the files with their hashes first, so that no damaged number is loaded.
+        verify: compare the files with their hashes first, so that no damaged number is loaded; an export
+            whose hashes were removed is taken as it is.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is not what its manifest and config say.
     """
     if is_export(Path(path)):
-        return _load_export(ExportReader(Path(path)))
+        return _load_export(ExportReader(Path(path)), verify)
     reader = CheckpointReader(locate(path))
     if verify:
         reader.verify_files()
@@ -42,7 +43,9 @@ def load_model(path: str | Path, *, verify: bool = True) -> TransformerXL:
     return model.eval()
 
 
-def _load_export(reader: ExportReader) -> TransformerXL:
+def _load_export(reader: ExportReader, verify: bool) -> TransformerXL:
+    if verify:
+        reader.verify_files()
     model = _without_values(reader.config, reader.numel, reader.folder)
     empty = model.state_dict()
     reader.require_only(empty)

@@ -4,13 +4,12 @@ from collections.abc import Iterable
 
 import torch
 
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.config.schema import RunConfig
 from megamoe.convert.tensors import LazyTensor
 from megamoe.errors import CheckpointError
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.parallel.placement import saved_buffers
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def model_tensors(config: RunConfig) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megamoe.convert.native import (
     LATEST,
@@ -18,6 +16,9 @@ from megamoe.convert.native import (
 )
 from megamoe.convert.torch_file import StoredTensor, TorchFile
 from megamoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 MODULES = (
     "deepspeed.utils.tensor_fragment", "deepspeed.runtime.fp16.loss_scaler", "deepspeed.runtime.zero.config",
@@ -31,8 +32,8 @@ class StoredWeight:
     """A tensor of a model file; nothing is kept open for it."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
+    dtype: str
+    load: "Callable[[], torch.Tensor]"
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _expert_tensors(path: Path, expert: int) -> dict[tuple[str, str], StoredWeig
     return tensors
 
 
-def _load_expert_tensor(path: Path, name: str) -> torch.Tensor:
+def _load_expert_tensor(path: Path, name: str) -> "torch.Tensor":
     return structure_of(path)[name].load()
 
 

@@ -11,15 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from megamoe.convert.model_tensors import MOMENTS
+from megamoe.checkpoint.dtypes import empty
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.convert.native import expert_name, parse_expert, shard_file
 from megamoe.convert.native_reader import MODULES, structure_of
 from megamoe.convert.torch_file import StoredTensor, TorchFile
 from megamoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 _MOST_OPEN = 64
 
@@ -30,11 +32,11 @@ class Span:
 
     open: Callable[[], TorchFile]
     storage: str
-    dtype: torch.dtype
+    dtype: str
     start: int
     numel: int
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> "torch.Tensor":
         """The numbers, 1-D."""
         return self.open().read(self.storage, self.dtype, self.start, self.numel)
 
@@ -54,10 +56,15 @@ class Shards:
     step: int
     ep_size: int
 
-    def read(self, kind: str, name: str) -> torch.Tensor:
+    def read(self, kind: str, name: str) -> "torch.Tensor":
         """A whole tensor, 1-D."""
         spans = self.spans[kind, name]
-        return torch.cat([span.read() for span in spans]) if len(spans) > 1 else spans[0].read()
+        if len(spans) == 1:
+            return spans[0].read()
+        values = empty([sum(span.numel for span in spans)], "float32")
+        for part, span in zip(values.split([span.numel for span in spans]), spans, strict=True):
+            part.copy_(span.read())
+        return values
 
 
 @dataclass(frozen=True)

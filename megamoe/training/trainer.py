@@ -224,7 +224,7 @@ class Trainer:
             parts = [layer.to(self.engine.device).chunk(self.engine.micro_batches) for layer in memory]
             self.memories = list(zip(*parts, strict=True))
         self.step, self.tokens = state.step, state.tokens_seen
-        self.plateau = Plateau(**state.schedule)
+        self.plateau = reader.schedule(Plateau)
         self.last_checkpoint = reader.folder
         if reader.folder.resolve().is_relative_to(self.folder.root.resolve()):
             self.best_figure, self.best_step = state.best_metric, state.best_step

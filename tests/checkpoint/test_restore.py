@@ -15,9 +15,10 @@ import megamoe
 from megamoe.checkpoint.format import MANIFEST
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.restore import restore_checkpoint
+from megamoe.checkpoint.state import EngineCounters
 from megamoe.errors import CheckpointError
 from megamoe.parallel import fragments
-from megamoe.parallel.counters import EngineCounters, read_counters
+from megamoe.parallel.counters import read_counters
 from megamoe.parallel.device import Device
 from megamoe.parallel.launch import World
 from megamoe.parallel.placement import placements
