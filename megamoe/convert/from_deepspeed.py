@@ -6,15 +6,14 @@ from pathlib import Path
 
 from megamoe.convert.model_tensors import require_tensors_of
 from megamoe.convert.native_reader import read_model
-from megamoe.convert.native_tensors import neutral_tensors, read_config, read_state, world_size_of
+from megamoe.convert.native_tensors import neutral_tensors, read_config, read_optimizer, read_state
 from megamoe.convert.neutral_writer import write_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import total_bytes
-from megamoe.convert.zero_shards import read_shards
 
 SUMMARY = (
     "Read what engine.save_checkpoint of DeepSpeed wrote for a model with native MoE layers: weights, and at"
-    " ZeRO stage 1 or 2 the fp32 masters and Adam's moments of all ranks. Nothing in these pickles is run."
+    " ZeRO stage 0 to 2 the fp32 masters and Adam's moments of all ranks. Nothing in these pickles is run."
     " Every master must round to the weight that was saved beside it."
 )
 EXAMPLES = """\
@@ -44,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert."""
     model = read_model(args.input)
     config, state = read_config(model, args.config), read_state(model)
-    shards = None if args.weights_only else read_shards(
-        model.folder, world_size_of(model), model.n_experts, args.ep_size
-    )  # fmt: skip
+    shards = None if args.weights_only else read_optimizer(model, args.ep_size)
     step = shards.step if shards else 0
     state = replace(state, engine=replace(state.engine, optimizer_step=step))
     tensors = list(neutral_tensors(model, shards))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megamoe.convert.native import (
     LATEST,
     MODEL_FILE,
+    PARTITIONED_FILE,
     expert_file,
     parse_expert,
     parse_expert_file,
@@ -67,11 +68,16 @@ def find_tag(path: Path) -> Path:
         CheckpointError: there is none.
     """
     latest = path / LATEST
-    if not (path / MODEL_FILE).exists() and latest.is_file():
+    if latest.is_file() and not (path / MODEL_FILE).exists():
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"\w[\w.-]*", tag):
             raise CheckpointError(f"{str(latest)!r}: {tag[:40]!r} is not the name of a folder beside it")
         path = path / tag
+    if (path / PARTITIONED_FILE).is_file():
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: was saved at ZeRO stage 3, which cuts weights up and which DeepSpeed"
+            " refuses for native MoE layers; save at stage 0 to 2"
+        )
     if not (path / MODEL_FILE).is_file():
         raise CheckpointError(
             f"checkpoint {str(path)!r}: has no {MODEL_FILE}; give what DeepSpeed saved at ZeRO stage 0 to 2"

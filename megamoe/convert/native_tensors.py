@@ -13,7 +13,8 @@ from megamoe.convert.native import OURS, expert_name, neutral_name
 from megamoe.convert.native_reader import NativeModel, StoredWeight
 from megamoe.convert.tensors import LazyTensor
 from megamoe.convert.torch_file import StoredTensor
-from megamoe.convert.zero_shards import Shards, require_whole
+from megamoe.convert.unpartitioned import read_unpartitioned
+from megamoe.convert.zero_shards import Shards, read_shards, require_whole
 from megamoe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -76,6 +77,20 @@ def world_size_of(model: NativeModel) -> int:
     return world_size
 
 
+def read_optimizer(model: NativeModel, ep_size: int | None = None) -> Shards | None:
+    """The optimizer's tensors, of any ZeRO stage below 3; None if there are none.
+
+    Args:
+        model: the weights beside them.
+        ep_size: what it must be; None takes what the files say.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or are of another ep_size.
+    """
+    partitioned = read_shards(model.folder, world_size_of(model), model.n_experts, ep_size)
+    return partitioned or read_unpartitioned(model, ep_size)
+
+
 def neutral_tensors(model: NativeModel, shards: Shards | None) -> Iterator[LazyTensor]:
     """Weights (fp32 masters where there are any), moments, buffers and memory under their neutral names.
 
@@ -109,17 +124,17 @@ def _of_parts(
     name: str, shape: tuple[int, ...], parts: list[tuple[str, StoredWeight]], shards: Shards | None
 ) -> Iterator[LazyTensor]:
     """The tensors called `name`, whose `parts`, native name and saved weight, follow each other."""
-    kinds = sorted({kind for kind, _ in shards.spans}) if shards else []
-    for kind in kinds or ["weight"]:
+    kinds = {kind for kind, _ in shards.spans} if shards else set()
+    for kind in sorted(kinds | {"weight"}):
         reads: list[Callable[[], torch.Tensor]] = []
         for native, weight in parts:
-            if shards is None:
+            if shards is None or kind not in kinds:
                 reads.append(weight.load)
             elif kind == "weight":
                 reads.append(partial(_master, shards, native, weight))
             else:
                 reads.append(partial(shards.read, kind, native))
-        dtype = "float32" if shards else parts[0][1].dtype
+        dtype = "float32" if kind in kinds else parts[0][1].dtype
         yield LazyTensor(kind, name, shape, dtype, partial(_joined, reads, shape, dtype))
 
 

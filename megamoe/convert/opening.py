@@ -10,10 +10,9 @@ from megamoe.config.schema import RunConfig
 from megamoe.convert.export_tensors import export_tensor
 from megamoe.convert.native import LATEST, MODEL_FILE
 from megamoe.convert.native_reader import read_model
-from megamoe.convert.native_tensors import neutral_tensors, read_config, world_size_of
+from megamoe.convert.native_tensors import neutral_tensors, read_config, read_optimizer
 from megamoe.convert.neutral import open_neutral
 from megamoe.convert.tensors import LazyTensor
-from megamoe.convert.zero_shards import read_shards
 from megamoe.errors import CheckpointError
 
 PUBLISHED_FILE = "model.pt"
@@ -81,7 +80,7 @@ def _open_export(path: Path) -> Opened:
 
 def _open_native(path: Path) -> Opened:
     model = read_model(path)
-    shards = read_shards(model.folder, world_size_of(model), model.n_experts)
+    shards = read_optimizer(model)
     try:
         config = read_config(model, None)
     except CheckpointError:

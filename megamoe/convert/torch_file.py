@@ -1,11 +1,13 @@
 """Read files of torch.save: their structure at once, their tensors when asked, never their code."""
 
 import math
+import operator
 import os
 import struct
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+_STRUCTS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i"}
 _BLOCK = 1 << 22
 _MOST_DIMENSIONS = 16
 _LARGEST_SIZE = 1 << 48
@@ -58,6 +61,20 @@ class StoredTensor:
     stride: tuple[int, ...]
     requires_grad: bool = field(compare=False)
     file: "TorchFile"
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its numbers follow each other in row-major order."""
+        expected = accumulate(self.shape[:0:-1], operator.mul, initial=1)
+        return all(
+            n == 1 or step == wanted
+            for n, step, wanted in zip(self.shape[::-1], self.stride[::-1], expected, strict=False)
+        )
 
     def load(self) -> "torch.Tensor":
         """The tensor, contiguous."""
@@ -127,10 +144,26 @@ class TorchFile:
         Raises:
             CheckpointError: the storage's checksum is wrong, or the file has become shorter.
         """
-        member = self._member(f"data/{storage}")
         itemsize = DTYPES[dtype].itemsize
         raw = empty([count * itemsize], "uint8")
-        view, begin = raw.numpy().data, start * itemsize
+        self._fill(raw.numpy().data, storage, start * itemsize)
+        return raw.view(torch_dtype(dtype))
+
+    def number(self, stored: StoredTensor) -> float:
+        """The number in a tensor of one; needs no torch.
+
+        Raises:
+            CheckpointError: as `read`, or it is no single number.
+        """
+        if stored.numel != 1 or stored.dtype not in _STRUCTS:
+            raise self._error(f"storage {stored.storage}: a single number was expected")
+        raw = bytearray(DTYPES[stored.dtype].itemsize)
+        self._fill(memoryview(raw), stored.storage, stored.offset * len(raw))
+        return struct.unpack(_STRUCTS[stored.dtype], raw)[0]
+
+    def _fill(self, view: memoryview, storage: str, begin: int) -> None:
+        """Read the bytes of a storage from `begin` on into `view`, comparing the storage's checksum."""
+        member = self._member(f"data/{storage}")
         try:
             # A checksum is of a whole storage, so the first look at a part of one reads all of it.
             whole = len(view) == member.file_size
@@ -144,7 +177,6 @@ class TorchFile:
                     view[first : first + _BLOCK] = file.read(min(_BLOCK, len(view) - first))
         except _DAMAGE as error:
             raise self._error(f"storage {storage}: cannot be read ({error})") from None
-        return raw.view(torch_dtype(dtype))
 
     def _open_at(self, member: zipfile.ZipInfo, begin: int) -> IO[bytes]:
         """The file at byte `begin` of a verified member. (Within a member, zipfile seeks by reading.)"""

@@ -23,7 +23,7 @@ from megamoe.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-_MOST_OPEN = 64
+MOST_OPEN = 64
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_shards(
     found = _ep_size(ranks, n_experts, world_size)
     if ep_size not in (None, found):
         raise CheckpointError(f"--ep-size = {ep_size}: checkpoint {str(folder)!r} was saved at {found}")
-    opened = lru_cache(maxsize=_MOST_OPEN)(partial(TorchFile, modules=MODULES))
+    opened = lru_cache(maxsize=MOST_OPEN)(partial(TorchFile, modules=MODULES))
     spans: dict[tuple[str, str], list[Span]] = {}
     for rank, groups in enumerate(ranks):
         for group in groups:
@@ -146,7 +146,7 @@ def _shard_files(folder: Path, world_size: int) -> list[Path]:
             if missing := [name for name in names if name not in found]:
                 raise CheckpointError(f"checkpoint {str(folder)!r}: missing {missing[0]}")
             return [folder / name for name in names]
-    if any("optim_states" in name for name in present):
+    if any("zero_pp_rank" in name for name in present):
         raise CheckpointError(
             f"checkpoint {str(folder)!r}: optimizer states are not of ZeRO stage 1 or 2 on {world_size}"
             " ranks; give --weights-only to leave them out"
@@ -179,7 +179,7 @@ def _read_group(mapping: Any, flat: StoredTensor, group: dict[str, Any], states:
     state = states.get(group["params"][0], {})
     tensors = {"weight": flat} | {kind: state[kind] for kind in MOMENTS if kind in state}
     step = state.get("step", group.get("step", 0))
-    step = int(step.load() if isinstance(step, StoredTensor) else step)
+    step = int(step.file.number(step) if isinstance(step, StoredTensor) else step)
     declared = re.fullmatch(r"ep_size_(\d{1,9})", str(group.get("name")))
     addresses = {}
     for name, address in mapping.items():

@@ -114,7 +114,7 @@ def test_a_listing_needs_no_torch(kinds):
     """Importing it takes longer than the second in which a large checkpoint is to be listed."""
     folders = [kinds[kind] for kind in ("neutral checkpoint", "exported model", "DeepSpeed checkpoint")]
     done = subprocess.run(
-        [sys.executable, "-c", LIST, *folders], capture_output=True, text=True, cwd=REPOSITORY
+        [sys.executable, "-c", LIST, *folders], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("w_in") >= len(folders)
