@@ -51,6 +51,7 @@ class ExportReader:
     Attributes:
         folder: where it is.
         sums: SHA-256 of its files by name; None where it holds no hashes.
+        dtype: type of its weights; routers may keep float32.
         buffers: names of the tensors that are no parameters of the model, as far as it tells.
         config: config of the run.
         state: state of the run.
@@ -69,6 +70,7 @@ class ExportReader:
                 f"{CONFIG}: model_type = {described.get('model_type')!r}: expected {MODEL_TYPE!r}"
             )
         try:
+            self.dtype: str = described["torch_dtype"]
             self.buffers = frozenset(map(str, described.get("buffers", ())))
             self.config: RunConfig = from_dict(described["config"])
             state = described["state"] | {"tokenizer": self._object(TOKENIZER)}
@@ -102,7 +104,10 @@ class ExportReader:
             shape, code = headers[file][name]
             if code not in _TYPES:
                 raise self._error(f"{name}: type {code} is not known here")
-            described[name] = (shape, _TYPES[code])
+            dtype = _TYPES[code]
+            if DTYPES[dtype].is_floating and dtype not in (self.dtype, "float32"):
+                raise self._error(f"{name}: is {dtype}, but {CONFIG} says torch_dtype = {self.dtype!r}")
+            described[name] = (shape, dtype)
         return described
 
     @property
@@ -158,7 +163,7 @@ class ExportReader:
         """
         for name, expected in (self.sums or {}).items():
             try:
-                with (self.folder / name).open("rb") as file:
+                with self._plain(name).open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise self._error(f"{name}: cannot be read ({error})") from None
@@ -188,6 +193,12 @@ class ExportReader:
         """The path of a file that there is a hash of, if there are hashes."""
         if self.sums is not None and name not in self.sums:
             raise self._error(f"{name}: is not listed in {SUMS}")
+        return self._plain(name)
+
+    def _plain(self, name: str) -> Path:
+        """The path of a file, which is no folder and no pipe that would be waited for."""
+        if not (self.folder / name).is_file():
+            raise self._error(f"{name}: missing, or not a plain file")
         return self.folder / name
 
     def _object(self, name: str) -> dict[str, Any]:
@@ -197,10 +208,10 @@ class ExportReader:
         return parse_object(text, str(path))
 
     def _text(self, name: str) -> str:
-        path = self.folder / name
         try:
-            if not path.is_file() or path.stat().st_size > _LARGEST_DOCUMENT:
-                raise self._error(f"{name}: is no file, or holds more bytes than such a file needs")
+            path = self._plain(name)
+            if path.stat().st_size > _LARGEST_DOCUMENT:
+                raise self._error(f"{name}: holds {path.stat().st_size} bytes; too many for what it is")
             return path.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise self._error(f"{name}: cannot be read ({error})") from None

@@ -7,7 +7,7 @@ import torch
 
 from megamoe.checkpoint.exported import ExportReader, is_export
 from megamoe.checkpoint.format import CONFIG
-from megamoe.checkpoint.matching import require_same_tensors
+from megamoe.checkpoint.matching import require_kind_of_number, require_same_tensors
 from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.tokenizers import Tokenizer
@@ -49,6 +49,8 @@ def _load_export(reader: ExportReader, verify: bool) -> TransformerXL:
     model = _without_values(reader.config, reader.numel, reader.folder)
     empty = model.state_dict()
     reader.require_only(empty)
+    for name, values in empty.items():
+        require_kind_of_number(name, reader.describe(name)[1], values, reader.folder)
     model.load_state_dict(
         {name: reader.tensor(name, tuple(values.shape)).to(values.dtype) for name, values in empty.items()},
         assign=True,

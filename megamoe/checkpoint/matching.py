@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 
+import torch
+
+from megamoe.checkpoint.dtypes import DTYPES, dtype_name
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.config.schema import ModelConfig, MoEConfig, RouterConfig
 from megamoe.errors import CheckpointError
@@ -38,6 +42,18 @@ def require_same_options(reader: CheckpointReader, model: ModelConfig, moe: MoEC
             raise _other_option(reader, name, here, there)
 
 
+def require_kind_of_number(name: str, dtype: str, values: torch.Tensor, folder: Path) -> None:
+    """Refuse whole numbers in the place of `values` of a model that have fractions, and the reverse.
+
+    Raises:
+        CheckpointError: naming the tensor and its type.
+    """
+    if DTYPES[dtype].is_floating != values.is_floating_point():
+        raise CheckpointError(
+            f"{name}: {dtype} in checkpoint {str(folder)!r}, but the model has {dtype_name(values.dtype)}"
+        )
+
+
 def require_same_tensors(reader: CheckpointReader, model: TransformerXL) -> None:
     """Refuse a checkpoint that does not hold exactly the tensors of `model`.
 
@@ -45,15 +61,17 @@ def require_same_tensors(reader: CheckpointReader, model: TransformerXL) -> None
         CheckpointError: the option of the router that differs; without such an option the first tensor that
             is missing, has another shape, or is unknown.
     """
-    buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
+    buffers = saved_buffers(model)
     try:
         _require_same_shapes(reader, "weight", global_shapes(model))
-        _require_same_shapes(reader, "buffer", buffers)
+        _require_same_shapes(reader, "buffer", {name: tuple(b.shape) for name, b in buffers.items()})
     except CheckpointError as error:
         if differing := _differing_options(model.moe_config.router, reader.config.moe.router):
             option, (here, there) = min(differing.items())
             raise _other_option(reader, f"moe.router.{option}", here, there, f" ({error})") from None
         raise
+    for name, buffer in buffers.items():
+        require_kind_of_number(name, reader.manifest.tensors["buffer"][name].dtype, buffer, reader.folder)
 
 
 def _options(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, object]]:

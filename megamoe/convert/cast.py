@@ -55,7 +55,7 @@ def tensors_of(reader: ExportReader) -> list[LazyTensor]:
     expected = model_tensors(reader.config)
     reader.require_only(expected)
     baked = dict.fromkeys(filter(BAKED.fullmatch, reader.files), "buffer")
-    kinds = baked | {name: kind for name, (kind, _) in expected.items()}
+    kinds = baked | {name: tensor.kind for name, tensor in expected.items()}
     tensors = [export_tensor(reader, kind, name) for name, kind in kinds.items()]
     require_tensors_of(reader.config, (tensor for tensor in tensors if tensor.name in expected))
     return tensors

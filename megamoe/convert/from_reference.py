@@ -112,7 +112,7 @@ def neutral_tensors(
     kinds = model_tensors(config)
     trained = {}
     for name, ours in our_names(published.tensors, config.model).items():
-        kind, _ = kinds.get(ours, ("weight", ()))
+        kind = kinds[ours].kind if ours in kinds else "weight"
         yield as_ours(kind, ours, published.tensors[name])
         if kind == "weight" and (published.tensors[name].requires_grad or not published.modules):
             trained[name] = ours

@@ -104,8 +104,8 @@ class NativeWriter:
         self.reader, self.dtype = reader, dtype
         self.moe = reader.config.moe
         kinds = model_tensors(reader.config)
-        self.trained: Shapes = {name: shape for name, (kind, shape) in kinds.items() if kind == "weight"}
-        self.buffers: Shapes = {name: shape for name, (kind, shape) in kinds.items() if kind == "buffer"}
+        self.trained: Shapes = {name: t.shape for name, t in kinds.items() if t.kind == "weight"}
+        self.buffers: Shapes = {name: t.shape for name, t in kinds.items() if t.kind == "buffer"}
         self.world_size, self.ep_size = world_size, ep_size or 1
         _check_sizes(world_size, ep_size, self.moe.n_experts)
         kinds_needed = ("weight", *MOMENTS) if world_size else ("weight",)

@@ -97,6 +97,8 @@ class TorchFile:
     def __init__(self, path: Path, modules: Collection[str] = ()) -> None:
         self.path = path
         self._modules = modules
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise self._error("is not a plain file")
         try:
             self._zip = zipfile.ZipFile(path)
         except _DAMAGE as error:
