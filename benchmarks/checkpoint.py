@@ -55,15 +55,13 @@ class Bench:
 
     def __init__(self, world: World, n_layers: int, n_experts: int, folder: Path) -> None:
         self.world, self.n_experts, self.folder = world, n_experts, folder
+        moe = {"layers": "all", "n_experts": n_experts, "d_expert": 1024, "ep_size": world.world_size}
         self.run = from_dict({
             "model": {
                 "n_layers": n_layers, "d_model": 1024, "n_heads": 16, "d_head": 64, "d_inner": 4096,
                 "segment_len": 4, "memory_len": 0,
             },
-            "moe": {
-                "layers": "all" if n_experts else "none", "n_experts": n_experts or world.world_size,
-                "d_expert": 1024, "ep_size": world.world_size,
-            },
+            "moe": moe if n_experts else {"layers": "none"},
             "training": {"batch_size": world.world_size},
         })  # fmt: skip
         ds = resolve_ds_config(self.run, DS, world.world_size, Device.detect())
@@ -250,10 +248,11 @@ Ranks: {ranks}. Medians of {rounds} interleaved rounds.
 |---|---|---|
 {loads}
 
-{share}On disk means after fsync, which DeepSpeed and `torch.save`
-leave out and are timed with here. Loads come from the page cache. DeepSpeed and `torch.save` also write the bf16 weights; megamoe hashes what it writes, and compares hashes when it loads. `async_write`
-keeps a copy of the state in host memory: the first save allocates it, so that it is not among the extra
-memory of later ones. What megamoe needs to load are pages of the mapped files.
+{share}
+On disk means after fsync, which the others leave out and are timed with here. Loads come from the page
+cache. The others also write the bf16 weights; megamoe hashes what it writes, and compares hashes when it
+loads. `async_write` keeps a copy of the state in host memory: the first save allocates it, so that it is
+not among the extra memory of later ones. What megamoe needs to load are pages of the mapped files.
 """
 
 
@@ -269,7 +268,7 @@ def report(result: dict[str, Any]) -> str:
     share = ""
     if "deepspeed" in result["save"]:
         part = result["save"]["async"]["stall"] / result["save"]["deepspeed"]["stall"]
-        share = f"Training stalls for {part:.1%} of DeepSpeed's save. "
+        share = f"Training stalls for {part:.1%} of DeepSpeed's save."
     experts = result["experts"]
     layout = f", {experts} experts a layer over all ranks" if experts else ""
     return REPORT.format(
