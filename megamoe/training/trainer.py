@@ -281,7 +281,7 @@ class Trainer:
             parts = [layer.to(self.engine.device).chunk(self.engine.micro_batches) for layer in memory]
             self.memories = list(zip(*parts, strict=True))
         self.step, self.tokens = state.step, state.tokens_seen
-        self.plateau = Plateau(**state.schedule)
+        self.plateau = reader.schedule(Plateau)
         self.last_checkpoint = reader.folder
         self._kept_step = state.step
         if self.folder.holds(reader.folder):
