@@ -19,7 +19,6 @@ from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
-from megamoe.moe.initialization import generator
 from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routers import router_class
 from megamoe.moe.routing import Routing
@@ -189,11 +188,10 @@ class Trainer:
             strict=True,
         )
         for index, (input_ids_BS, targets_BS) in enumerate(micro_batches):
-            self._seed_dropout(index)
             self._beat("forward")
             output = engine.forward(
                 input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
-                top_k=top_k, step=self.step,
+                top_k=top_k, step=self.step, rows=engine.micro_batch_rows(index),
             )  # fmt: skip
             assert output.loss_BS is not None
             loss = output.loss_BS.mean()
@@ -214,11 +212,6 @@ class Trainer:
             auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
             tokens=n_tokens, routings=routings,
         )  # fmt: skip
-
-    def _seed_dropout(self, micro_batch: int) -> None:
-        """Make dropout a function of (seed, step, micro-batch, rank), so that resuming needs no state."""
-        seed = generator(self.run.training.seed, "dropout", self.step, micro_batch, self.world.rank)
-        torch.manual_seed(seed.initial_seed())
 
     def _log(self, record: StepRecord) -> None:
         self._beat("log")

@@ -20,6 +20,7 @@ from megamoe.config.load import merge
 from megamoe.config.schema import MoEConfig
 from megamoe.models.feed_forward import FeedForward
 from megamoe.models.transformer_xl import TransformerXL
+from megamoe.moe.dropout import Dropout
 from megamoe.moe.exchange import Exchange, LocalExchange
 from megamoe.moe.experts import Experts
 from megamoe.moe.routers import build_router
@@ -52,7 +53,9 @@ class NativeMoE(MoE):
             local=range(first, first + self.num_local_experts),
         )  # fmt: skip
         experts = NativeExperts(
-            FeedForward(d_model, moe.d_expert, dropout), self.num_local_experts, self.expert_group_name
+            FeedForward(d_model, moe.d_expert, Dropout(dropout, "unused")),
+            self.num_local_experts,
+            self.expert_group_name,
         )
         with torch.no_grad():
             for local, expert in enumerate(experts.deepspeed_experts):
