@@ -12,6 +12,7 @@ import pytest
 
 from megamoe.data.datasets import open_text
 from megamoe.data.prepare import prepare
+from tests.launchers import require_mpirun
 
 CONFIG = """
 name = "toy"
@@ -23,7 +24,7 @@ n_layers = 2
 d_model = 16
 n_heads = 2
 d_head = 8
-dropout = 0.1
+dropout = 0.0
 segment_len = 16
 memory_len = 16
 [moe]
@@ -70,12 +71,39 @@ def call(command: Sequence[str], folder: Path) -> Done:
 
 
 def on_two_ranks(launcher: str, *arguments: str, folder: Path) -> Done:
-    """``megamoe ARGUMENTS`` by the launcher ``deepspeed --num_gpus`` or ``torchrun --nproc_per_node``."""
+    """``megamoe ARGUMENTS`` on two ranks, started by "deepspeed", "torchrun", "mpirun" or "by hand"."""
+    port = free_port()
+    alone = [sys.executable, "-m", "megamoe", *arguments]
+    if launcher == "by hand":
+        return _by_hand(alone, port, folder)
+    if launcher == "mpirun":
+        return call([*require_mpirun(), "-n", "2", "-x", f"MASTER_PORT={port}", *alone], folder)
+    ranks = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
+    return call([launcher, ranks, "2", "--master_port", port, "--module", "megamoe", *arguments], folder)
+
+
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
-    return call([launcher, ranks, "2", "--master_port", str(port), "--module", "megamoe", *arguments], folder)
+        return str(free.getsockname()[1])
+
+
+def _by_hand(command: Sequence[str], port: str, folder: Path) -> Done:
+    """Two ranks with exported variables; the code is that of the first rank that fails."""
+    ranks = [
+        subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment() | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port},
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    codes = [rank.returncode for rank in ranks]
+    return Done(next(filter(None, codes), 0), *("".join(texts) for texts in zip(*outputs, strict=True)))
 
 
 def megamoe(*arguments: str, folder: Path) -> Done:

@@ -61,6 +61,23 @@ def test_torchrun_goes_on_where_deepspeed_stopped(launched: Done, project: Path)
     assert lines[: len(before)] == [json.loads(line) for line in before]
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "by hand", "one process"])
+def test_every_launcher_trains_the_same_model(launcher: str, launched: Done, project: Path) -> None:
+    """Step for step: bit-equal on the same number of ranks, within rounding in one process."""
+    name = launcher.replace(" ", "-")
+    arguments = ("train", "--config", "toy.toml", "--deepspeed_config", "fp32.json", f"name={name}")
+    one = launcher == "one process"
+    done = megamoe(*arguments, folder=project) if one else on_two_ranks(launcher, *arguments, folder=project)
+    assert done.code == 0, done.errors
+    # The run that `launched` made may have gone on since.
+    expected = [line for line in read_metrics(project / "runs/toy/metrics.jsonl") if line["step"] <= 6]
+    found = read_metrics(project / f"runs/{name}/metrics.jsonl")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for mine, other in zip(found, expected, strict=True):
+        for figure in ("train/loss", "train/grad_norm", "valid/loss_k2"):
+            assert mine.get(figure) == pytest.approx(other.get(figure), abs=1e-5 if one else 0), figure
+
+
 def test_every_rank_refuses_and_one_tells(launched: Done, project: Path) -> None:
     refused = on_two_ranks(
         "deepspeed", "train", "--config", "toy.toml", "name=refused", "data.path=missing", folder=project

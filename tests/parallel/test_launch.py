@@ -106,6 +106,26 @@ def test_one_launcher_per_node_under_srun_is_no_contradiction() -> None:
     assert read_launch(SRUN | TORCHRUN).world_size == 4
 
 
+def test_ranks_started_by_hand_in_a_shell_of_srun_are_no_contradiction() -> None:
+    shell = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert read_launch(shell | PLAIN).world_size == 2
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, HYDRA | {"PMI_SIZE": "4"}],
+    ids=["Open MPI", "MPICH"],
+)
+def test_mpi_is_asked_for_an_address_where_the_launcher_tells_none(environ: dict[str, str]) -> None:
+    def discover(world_size: int) -> tuple[str, int]:
+        return f"first of {world_size}", 1234
+
+    assert read_launch(environ, discover).address == ("first of 4", 1234)
+    assert read_launch(environ | {"MASTER_PORT": "4321"}, discover).address == ("first of 4", 4321)
+    assert read_launch(environ | {"MASTER_ADDR": "head"}, discover).address[0] == "head"
+    assert read_launch(environ | {"SLURM_JOB_NODELIST": "n[3-4]"}, discover).address[0] == "n3"
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
@@ -118,16 +138,17 @@ def test_one_launcher_per_node_under_srun_is_no_contradiction() -> None:
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}, "LOCAL_RANK: not set"),
         (PLAIN | {"MASTER_PORT": "http"}, "MASTER_PORT = 'http': give a whole number"),
         (
-            OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"},
-            "MASTER_ADDR: not set, and the launcher does not tell",
-        ),
-        (
             SRUN | PLAIN,
             "WORLD_SIZE = 2: srun started 5 processes (SLURM_STEP_NUM_TASKS); unset RANK and WORLD_SIZE,"
             " or start 2",
         ),
         (OPEN_MPI | PLAIN | {"WORLD_SIZE": "1"}, "WORLD_SIZE = 1: Open MPI started 2 processes"),
+        (OPEN_MPI | PLAIN, "RANK = 0: Open MPI counts this process as 1 (OMPI_COMM_WORLD_RANK); unset"),
         (SRUN | {"SLURM_NODEID": "3"}, "SLURM_NODEID = 3: SLURM_STEP_TASKS_PER_NODE = 2(x2),1 is shorter"),
+        (PLAIN | {"MASTER_PORT": "65536"}, "MASTER_PORT = 65536: give a free port"),
+        (OPEN_MPI | {"MASTER_PORT": "0"}, "MASTER_PORT = 0: give a free port"),
+        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_ADDR"}, "MASTER_ADDR: not set, and the launcher"),
+        ({"FLUX_TASK_RANK": "1"}, "FLUX_TASK_RANK = 1: set by a launcher whose variables are not read"),
     ],
 )
 def test_contradictions_are_refused_by_name(environ: dict[str, str], message: str) -> None:

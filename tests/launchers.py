@@ -1,0 +1,16 @@
+"""Launchers that a machine may lack."""
+
+import os
+import shutil
+
+import pytest
+
+
+def require_mpirun() -> list[str]:
+    """Open MPI's mpirun with what it needs to run as root and on few cores.
+
+    Continuous integration must have it; elsewhere the calling test is skipped.
+    """
+    if shutil.which("mpirun") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs Open MPI: apt-get install openmpi-bin")
+    return ["mpirun", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
