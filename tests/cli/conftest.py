@@ -1,7 +1,5 @@
 """Runs commands as a user does, and one small training run for all tests of this folder."""
 
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +10,9 @@ import pytest
 
 from megamoe.data.datasets import open_text
 from megamoe.data.prepare import prepare
+from tests.environment import environment
 from tests.launchers import require_mpirun
+from tests.processes import PATIENCE_SECONDS, free_port, ranks
 
 CONFIG = """
 name = "toy"
@@ -54,55 +54,29 @@ class Done:
     errors: str
 
 
-def environment() -> dict[str, str]:
-    """As a user's shell has it: nothing of a launcher, one thread per process."""
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in launched}
-    scripts = str(Path(sys.executable).parent)
-    return inherited | {
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-        "PATH": f"{scripts}{os.pathsep}{inherited['PATH']}",
-    }  # fmt: skip
-
-
 def call(command: Sequence[str], folder: Path) -> Done:
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     return Done(done.returncode, done.stdout, done.stderr)
 
 
 def on_two_ranks(launcher: str, *arguments: str, folder: Path) -> Done:
     """``megamoe ARGUMENTS`` on two ranks, started by "deepspeed", "torchrun", "mpirun" or "by hand"."""
-    port = free_port()
-    alone = [sys.executable, "-m", "megamoe", *arguments]
     if launcher == "by hand":
-        return _by_hand(alone, port, folder)
+        return _by_hand(*arguments, folder=folder)
     if launcher == "mpirun":
-        return call([*require_mpirun(), "-n", "2", "-x", f"MASTER_PORT={port}", *alone], folder)
-    ranks = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
-    return call([launcher, ranks, "2", "--master_port", port, "--module", "megamoe", *arguments], folder)
+        return call([*require_mpirun(), "-n", "2", sys.executable, "-m", "megamoe", *arguments], folder)
+    count = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
+    port = str(free_port())
+    return call([launcher, count, "2", "--master_port", port, "--module", "megamoe", *arguments], folder)
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def _by_hand(command: Sequence[str], port: str, folder: Path) -> Done:
-    """Two ranks with exported variables; the code is that of the first rank that fails."""
-    ranks = [
-        subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment() | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port},
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    codes = [rank.returncode for rank in ranks]
+def _by_hand(*arguments: str, folder: Path) -> Done:
+    """The code is that of the first rank that fails."""
+    with ranks(2, *arguments, folder=folder) as processes:
+        outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in processes]
+    codes = [process.returncode for process in processes]
     return Done(next(filter(None, codes), 0), *("".join(texts) for texts in zip(*outputs, strict=True)))
 
 
