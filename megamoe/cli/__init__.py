@@ -24,7 +24,8 @@ COMMANDS = {
     "routers": routers,
     "env": env,
 }
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "RANK")
+ONE_PER_NODE_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 GRACE_SECONDS = 5
 
 
@@ -99,5 +100,11 @@ def _leave_at_once(error: LostRankError) -> NoReturn:
 
 
 def _is_main() -> bool:
-    """Whether this process is rank 0, as launchers say it before torch is there to ask."""
-    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
+    """Whether this process is rank 0, as launchers say it before torch is there to ask.
+
+    RANK may be left over in a shell, equal in all processes. It counts first only if torchrun or deepspeed
+    has set it, which others may have started once on each node.
+    """
+    by_rank = any(name in os.environ for name in ONE_PER_NODE_VARIABLES)
+    names = ("RANK",) if by_rank else RANK_VARIABLES
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"

@@ -6,7 +6,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def read_launch(environ: Mapping[str, str] = os.environ, discover: Discover = ra
     Args:
         environ: the variables.
         discover: tells rank 0's host and port, given the world size, where an MPI launcher has started
-            processes on several nodes and exports no address; by default it asks MPI, on all ranks.
+            several processes and no address is exported; by default it asks MPI, on all ranks.
 
     Raises:
         DistributedError: a variable is missing, is no number, is out of range, or contradicts
@@ -113,6 +113,7 @@ def read_launch(environ: Mapping[str, str] = os.environ, discover: Discover = ra
     in_a_shell = started_by is _SRUN and environ[_SRUN.size] == "1"
     if started_by and not one_launcher_per_node and not in_a_shell:
         _require_same(explicit, started_by, environ)
+        return replace(explicit, launcher=started_by.launcher)
     return explicit
 
 
@@ -217,20 +218,26 @@ def _launcher(names: _Variables, environ: Mapping[str, str]) -> str:
 def _address(
     names: _Variables, environ: Mapping[str, str], local_size: int, world_size: int, discover: Discover
 ) -> tuple[str, int]:
-    """Where rank 0 listens: as exported, else its node by the launcher's word and a port per job."""
-    nodes = environ.get("SLURM_STEP_NODELIST" if names is _SRUN else "SLURM_JOB_NODELIST", "")
-    host = environ.get("MASTER_ADDR") or (LOOPBACK if local_size == world_size else _first_host(nodes))
-    if not host and names in (_OPEN_MPI, _MPI):
-        host, port = discover(world_size)
-        return host, _port(environ) or port
+    """Where rank 0 listens: as exported, else as the ranks agree over MPI, else as Slurm tells."""
+    host, port = environ.get("MASTER_ADDR", ""), _port(environ)
+    if names in (_OPEN_MPI, _MPI) and world_size > 1 and not (host and port):
+        found_host, found_port = discover(world_size)
+        return host or found_host, port or found_port
+    if not host:
+        host = LOOPBACK if local_size == world_size else _first_host(environ.get("SLURM_STEP_NODELIST", ""))
     if not host:
         raise DistributedError(
             "MASTER_ADDR: not set, and the launcher does not tell; export the host of rank 0 and MASTER_PORT"
         )
-    job = environ.get("PMIX_NAMESPACE") or environ.get("SLURM_JOB_ID")
-    step = environ.get("SLURM_STEP_ID", "")
-    by_job = 20_000 + zlib.crc32(f"{job}.{step}".encode()) % 10_000 if job else DEFAULT_PORT
-    return host, _port(environ) or by_job
+    return host, port or _port_of_job(environ)
+
+
+def _port_of_job(environ: Mapping[str, str]) -> int:
+    """One port for all ranks of a Slurm step, another for another; they cannot ask each other yet."""
+    if "SLURM_JOB_ID" not in environ:
+        return DEFAULT_PORT
+    step = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '')}"
+    return 20_000 + zlib.crc32(step.encode()) % 10_000
 
 
 def _port(environ: Mapping[str, str]) -> int | None:

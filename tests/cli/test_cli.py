@@ -64,8 +64,10 @@ def test_routers_are_listed_and_shown(capsys):
     assert "moe.router.hyper_size=256" in shown
 
 
-def test_env_prints_json(capsys):
+def test_env_prints_a_table_or_json(capsys):
     assert main(["env"]) == 0
+    assert "\npackages " in capsys.readouterr().out
+    assert main(["env", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["packages"]["deepspeed"]
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megamoe.cli import main
 from megamoe.training.metrics_file import read_metrics
-from tests.cli.conftest import CONFIG, Done, environment, megamoe, on_two_ranks
+from tests.cli.conftest import CONFIG, Done, call, megamoe, on_two_ranks
+from tests.environment import environment
+from tests.launchers import require_mpirun
 
 pytestmark = pytest.mark.distributed
 
@@ -86,6 +89,35 @@ def test_every_rank_refuses_and_one_tells(launched: Done, project: Path) -> None
     assert (refused.output + refused.errors).count("megamoe: error: data.path = 'missing': ") == 1
     assert "Traceback" not in refused.errors
     assert not (project / "runs/refused").exists()
+
+
+def test_variables_left_over_in_a_shell_are_refused_in_one_line(project: Path) -> None:
+    """mpirun's rank 1 agrees with them and would wait for a rank 0 that has refused."""
+    left_over = [word for name in ("RANK=1", "WORLD_SIZE=2", "LOCAL_RANK=1") for word in ("-x", name)]
+    done = call(
+        [*require_mpirun(), "-n", "2", *left_over, sys.executable, "-m", "megamoe", "train", "--config",
+         "toy.toml", "name=refused"],
+        project,
+    )  # fmt: skip
+    assert done.code == 2, done.errors
+    assert [line for line in done.errors.splitlines() if line.startswith("megamoe:")] == [
+        "megamoe: error: RANK = 1: Open MPI counts this process as 0 (OMPI_COMM_WORLD_RANK); unset RANK and"
+        " WORLD_SIZE, which may be left over in this shell"
+    ]
+    assert not (project / "runs/refused").exists()
+
+
+def test_env_tells_the_hash_that_the_run_recorded(
+    launched: Done, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = json.loads((project / "runs/toy/environment.json").read_text())
+    assert recorded["launched_as"]["launcher"] == "deepspeed"
+    assert recorded["launched_as"]["rank"] == "0 of 2"
+    assert (
+        main(["env", "--config", str(project / "runs/toy/config.json"), "training.max_steps=6", "--json"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["config_sha256"] == recorded["config_sha256"]
 
 
 def test_ctrl_c_says_where_the_run_can_go_on(tmp_path: Path, project: Path) -> None:

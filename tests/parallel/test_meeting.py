@@ -17,7 +17,9 @@ from megamoe.errors import DistributedError
 from megamoe.parallel.launch import Launch, _require_no_hidden_gpus
 from megamoe.parallel.meeting import Present, find_problem, join
 from megamoe.parallel.network import advertised_address, is_loopback, own_address, require_interfaces
+from tests.environment import environment
 from tests.launchers import require_mpirun
+from tests.processes import PATIENCE_SECONDS, free_port
 
 PROGRAM = """
 import sys
@@ -33,26 +35,20 @@ except DistributedError as error:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start_ranks(
     ranks: Sequence[dict[str, str]], prefixes: Sequence[Sequence[str]] = (), seconds: float = 120
 ) -> list[str]:
     """What each rank prints; all meet at one free port."""
-    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    base = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [*(prefixes[index] if prefixes else ()), sys.executable, "-c", PROGRAM, str(seconds)],
-            env=base | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=base | rank, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for index, environ in enumerate(ranks)
+        for index, rank in enumerate(ranks)
     ]  # fmt: skip
     try:
-        return [process.communicate(timeout=240)[0].strip() for process in processes]
+        return [process.communicate(timeout=PATIENCE_SECONDS)[0].strip() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -158,23 +154,23 @@ def test_a_list_of_gpus_that_hides_all_is_refused_unless_on_purpose(
 
 
 def test_mpi_tells_the_address_of_rank_0() -> None:
-    """Two ranks that take themselves for two nodes ask a real MPI; the launcher has told them no address."""
-    mpirun = require_mpirun()
+    """The launcher has told none, so two ranks ask a real MPI; without mpi4py they say what is missing."""
     program = (
         "from megamoe.parallel.launch import read_launch as r; import json; print(json.dumps(r().address))"
     )
-    command = [*mpirun, "-n", "2", "env", "OMPI_COMM_WORLD_LOCAL_SIZE=1", "OMPI_COMM_WORLD_LOCAL_RANK=0"]
-    done = subprocess.run(
-        [*command, sys.executable, "-c", program], capture_output=True, text=True, timeout=240
-    )
+    done = under_mpirun(program)
     assert done.returncode == 0, done.stderr
     # mpirun may join two lines.
     addresses = [json.loads(printed) for printed in re.findall(r"\[.*?\]", done.stdout)]
     assert len(addresses) == 2
     assert addresses[0] == addresses[1]
     assert addresses[0][0] == own_address()
-    missing = subprocess.run(
-        [*command, sys.executable, "-c", "import sys; sys.modules['mpi4py'] = None\n" + program],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    missing = under_mpirun("import sys; sys.modules['mpi4py'] = None\n" + program)
     assert "MASTER_ADDR: not set, and the launcher does not tell; export the host of rank 0" in missing.stderr
+
+
+def under_mpirun(program: str) -> subprocess.CompletedProcess[str]:
+    command = [*require_mpirun(), "-n", "2", sys.executable, "-c", program]
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
