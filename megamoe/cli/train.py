@@ -15,6 +15,7 @@ EXAMPLES = """\
   deepspeed --num_gpus 2 --module megamoe train --preset small_enwik8 data.path=data/enwik8 \\
       --deepspeed_config ds_configs/zero1_bf16.json
   torchrun --nproc_per_node 2 --module megamoe train --config my_run.toml
+  mpirun -n 2 python -m megamoe train --preset tiny_enwik8
 
 The run folder is OUTPUT_DIR/NAME (runs/PRESET-ROUTER where no name is given). The same command goes
 on from its newest checkpoint. On USR1 or TERM the run saves, and ends with exit code 75: the same command

@@ -108,13 +108,12 @@ def read_launch(environ: Mapping[str, str] = os.environ, discover: Discover = ra
             return _launch(started_by, environ, discover)
         _require_known_launcher(environ)
         return Launch()
-    explicit = _launch(_EXPLICIT, environ, discover)
     one_launcher_per_node = "TORCHELASTIC_RUN_ID" in environ or "CROSS_SIZE" in environ
     in_a_shell = started_by is _SRUN and environ[_SRUN.size] == "1"
-    if started_by and not one_launcher_per_node and not in_a_shell:
-        _require_same(explicit, started_by, environ)
-        return replace(explicit, launcher=started_by.launcher)
-    return explicit
+    if started_by is None or one_launcher_per_node or in_a_shell:
+        return _launch(_EXPLICIT, environ, discover)
+    _require_same(started_by, environ)
+    return replace(_launch(_EXPLICIT, environ, discover), launcher=started_by.launcher)
 
 
 def _started_by(environ: Mapping[str, str]) -> _Variables | None:
@@ -138,16 +137,18 @@ def _require_known_launcher(environ: Mapping[str, str]) -> None:
             )
 
 
-def _require_same(explicit: Launch, names: _Variables, environ: Mapping[str, str]) -> None:
-    size, rank = _number(environ, names.size), _number(environ, names.rank)
-    if size != explicit.world_size:
+def _require_same(names: _Variables, environ: Mapping[str, str]) -> None:
+    """Refuse RANK and WORLD_SIZE that say otherwise than the launcher that started this process."""
+    exported_size, size = _number(environ, "WORLD_SIZE"), _number(environ, names.size)
+    if size != exported_size:
         raise DistributedError(
-            f"WORLD_SIZE = {explicit.world_size}: {names.launcher} started {size} processes"
-            f" ({names.size}); unset RANK and WORLD_SIZE, or start {explicit.world_size}"
+            f"WORLD_SIZE = {exported_size}: {names.launcher} started {size} processes"
+            f" ({names.size}); unset RANK and WORLD_SIZE, or start {exported_size}"
         )
-    if rank != explicit.rank:
+    exported_rank, rank = _number(environ, "RANK"), _number(environ, names.rank)
+    if rank != exported_rank:
         raise DistributedError(
-            f"RANK = {explicit.rank}: {names.launcher} counts this process as {rank} ({names.rank}); unset"
+            f"RANK = {exported_rank}: {names.launcher} counts this process as {rank} ({names.rank}); unset"
             " RANK and WORLD_SIZE, which may be left over in this shell"
         )
 
