@@ -2,7 +2,9 @@
 # Runs a megamoe command on every task of a Slurm job. The templates beside it call it; docs/slurm.md tells the whole story.
 #
 #   launch.sh train PRESET [--config FILE] [--deepspeed_config FILE] [section.option=value ...]
-#   launch.sh evaluate CHECKPOINT [section.option=value ...]
+#   launch.sh finetune --task TASK --checkpoint DIR [option ...] [section.option=value ...]
+#   launch.sh evaluate CHECKPOINT [option ...] [section.option=value ...]
+#   launch.sh prepare_data CORPUS [PATH ...] [option ...]
 set -euo pipefail
 shopt -s nullglob
 
@@ -23,32 +25,54 @@ main() {
   export_variables
   local command=${1:-}
   case $command in
-    train) train "${@:2}" ;;
-    evaluate) evaluate "${@:2}" ;;
-    *) refuse "command = '$command': choose from train, evaluate" ;;
+    train | finetune | evaluate | prepare_data) "$command" "${@:2}" ;;
+    *) echo "launch.sh: error: '$command': choose from train, finetune, evaluate, prepare_data" >&2; exit "$USER_ERROR" ;;
   esac
 }
 
 say() { echo "$(date -Is) launch.sh: $*"; }
-refuse() { echo "launch.sh: error: $*" >&2; exit "$USER_ERROR"; }
 
 # ---- commands ----------------------------------------------------------------------------------------------------------
 
 train() {
-  local preset=${1:?a preset} words=()
-  shift
-  find_data "$preset" "$@"
-  words=(--preset "$preset" ${MEGAMOE_OUTPUT_DIR:+output_dir="$MEGAMOE_OUTPUT_DIR"} "${data[@]}" "$@")
-  run_dir=$(alone -m megamoe config --run-folder "${words[@]}")    # refuses a mistake before any process is started
+  local preset=$1
+  find_data "$@"
+  local words=(--preset "$preset" "${output_dir[@]}" "${data[@]}" "${@:2}")
+  run_dir=$(alone -m megamoe config --run-folder "${words[@]}")    # refuses a mistake before any task is started
   open_job_folder
   alone -m megamoe config "${words[@]}" > "$job_dir/config.json"
-  run_with_requeue train "${words[@]}"
+  run_with_requeue -m megamoe train "${words[@]}"
+}
+
+finetune() {
+  local words=("${output_dir[@]}" name="$SLURM_JOB_NAME" "$@") place=() word
+  for word in "${words[@]}"; do
+    [[ $word != name=* && $word != output_dir=* ]] || place+=("$word")
+  done
+  run_dir=$(alone -m megamoe config --run-folder "${place[@]}")
+  open_job_folder
+  run_with_requeue -m megamoe finetune "${words[@]}"
 }
 
 evaluate() {
   run_dir=${MEGAMOE_OUTPUT_DIR:-runs}/$SLURM_JOB_NAME
   open_job_folder
-  on_all_tasks evaluate "$@"
+  on_all_tasks -m megamoe evaluate "$@"
+}
+
+prepare_data() {
+  local words=("$@")
+  if [[ ${1:-} != verify && " $* " != *" --output"* ]]; then
+    words+=(--output "${MEGAMOE_DATA_DIR:-data}/${1:-}")
+  fi
+  run_dir=${MEGAMOE_OUTPUT_DIR:-runs}/$SLURM_JOB_NAME
+  open_job_folder
+  if [[ ${MEGAMOE_MPI:-} == mpirun ]]; then
+    mpirun "${python[@]}" tools/prepare_data.py "${words[@]}"
+  else
+    step_options+=(${MEGAMOE_MPI:+--mpi="$MEGAMOE_MPI"})
+    on_all_tasks tools/prepare_data.py "${words[@]}"
+  fi
 }
 
 # Set `data` to the option that names the prepared corpus of a preset, unless the command says something of data itself.
@@ -75,7 +99,7 @@ choose_software() {
     set -u
   fi
   local image=${MEGAMOE_CONTAINER:-} mounts=$PWD:$PWD${MEGAMOE_CONTAINER_MOUNTS:+,$MEGAMOE_CONTAINER_MOUNTS}
-  container=()
+  container=() step_options=()
   python=("${MEGAMOE_PYTHON:-python3}")
   if [[ $image == *.sif ]]; then
     python=(apptainer exec --nv --bind "$mounts" "$image" "${python[@]}")
@@ -87,6 +111,7 @@ choose_software() {
 }
 
 export_variables() {
+  output_dir=(${MEGAMOE_OUTPUT_DIR:+output_dir="$MEGAMOE_OUTPUT_DIR"})
   if [[ -n ${SBATCH_PARTITION:-} && $SBATCH_PARTITION != "$SLURM_JOB_PARTITION" ]]; then
     say "note: slurm/site.env names partition $SBATCH_PARTITION, this job is in $SLURM_JOB_PARTITION; \`source\` it before sbatch"
   fi
@@ -140,13 +165,13 @@ alone() {
   fi
 }
 
-# One megamoe on every task; returns the highest exit code. Rank 0 is seen in the job's log too.
+# One Python on every task; returns the highest exit code. Rank 0 is seen in the job's log too.
 on_all_tasks() {
   local rc=0
   srun --kill-on-bad-exit=1 --wait=60 --export=ALL --output="$job_dir/rank-%5t.log" \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     ${MEGAMOE_CPU_BIND:+--cpu-bind="$MEGAMOE_CPU_BIND"} \
-    "${container[@]}" "${python[@]}" -m megamoe "$@" &
+    "${step_options[@]}" "${container[@]}" "${python[@]}" "$@" &
   local step=$!
   tail --pid="$step" --sleep-interval=0.5 --lines=+1 --retry --follow=name "$job_dir/rank-00000.log" 2> /dev/null &
   wait "$step" || rc=$?
@@ -161,7 +186,8 @@ run_with_requeue() {
   before=$(newest_checkpoint)
   on_all_tasks "$@" || rc=$?
   case $rc in
-    0 | "$USER_ERROR" | "$INTERRUPTED") ;;
+    0) ;;
+    "$USER_ERROR" | "$INTERRUPTED") say "ended with $rc, which no other try would change; see $job_dir" ;;
     "$STOPPED_ON_SIGNAL") requeue "stopped on a signal, all is saved" ;;
     *)
       [[ ! -s $count ]] || failures=$(< "$count")

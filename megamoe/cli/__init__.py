@@ -78,15 +78,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _refuse(error: MegaMoEError) -> int:
-    """Rank 0 tells, in one line. The others wait for it, so as not to be first.
-
-    srun ends them by SIGTERM and takes a rank's death by it for the exit code of the step, so they keep theirs.
-    """
+    """Rank 0 tells, in one line. The others wait for the launcher to end them, so as not to be first."""
     rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
     if rank == "0":
         print("megamoe: error:", " ".join(str(error).split()), file=sys.stderr)
     else:
-        if "SLURM_PROCID" in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # srun reports the highest code of all ranks: let none be that of a death by SIGTERM.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(USER_ERROR))
         time.sleep(GRACE_SECONDS)
     return USER_ERROR
