@@ -139,7 +139,7 @@ keep_code() {
     git diff --binary HEAD -- "${parts[@]}" > "$job_dir/code.diff"
     [[ -s $job_dir/code.diff ]] || rm "$job_dir/code.diff"
   else
-    tar --create --gzip --exclude=__pycache__ --file="$job_dir/code.tar.gz" "${parts[@]}"
+    tar --create --gzip --dereference --exclude=__pycache__ --file="$job_dir/code.tar.gz" "${parts[@]}"
   fi
 }
 
@@ -182,22 +182,20 @@ on_all_tasks() {
 # ---- requeue -------------------------------------------------------------------------------------------------------------
 
 run_with_requeue() {
-  local rc=0 before failures=0 count=$run_dir/jobs/failures
+  local rc=0 before failures
   before=$(newest_checkpoint)
   on_all_tasks "$@" || rc=$?
+  failures=$(count_failures "$rc" "$before")
   case $rc in
     0) ;;
     "$USER_ERROR" | "$INTERRUPTED") say "ended with $rc, which no other try would change; see $job_dir" ;;
     "$STOPPED_ON_SIGNAL") requeue "stopped on a signal, all is saved" ;;
     *)
-      [[ ! -s $count ]] || failures=$(< "$count")
-      failures=$((failures + 1))
-      [[ $(newest_checkpoint) == "$before" ]] || failures=0
-      echo "$failures" > "$count"
       if (( failures < MAX_FAILURES )); then
         requeue "ended with $rc"
-      fi
-      say "ended with $rc: $failures failures in a row brought no newer checkpoint, giving up; see $job_dir" ;;
+      else
+        say "ended with $rc: $failures failures in a row brought no newer checkpoint, giving up; see $job_dir"
+      fi ;;
   esac
   exit "$rc"
 }
@@ -207,15 +205,26 @@ newest_checkpoint() {
   (( ${#steps[@]} == 0 )) || echo "${steps[-1]}"
 }
 
+# Failures in a row that brought no newer checkpoint, this end included; kept in the run folder from job to job.
+count_failures() {
+  local rc=$1 before=$2 kept=$run_dir/jobs/failures failures=0
+  if [[ $(newest_checkpoint) == "$before" ]]; then
+    [[ ! -s $kept ]] || failures=$(< "$kept")
+    (( rc == 0 || rc == STOPPED_ON_SIGNAL )) || failures=$((failures + 1))
+  fi
+  echo "$failures" | tee "$kept"
+}
+
+# Put the job back into the queue, which ends this script; returns where Slurm does not allow it.
 requeue() {
   local job=$SLURM_JOB_ID
   # By its number, the last element of an array stands for the whole array.
   [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   say "$1: requeue"
   if scontrol requeue "$job"; then
-    sleep 120    # Slurm ends this script
+    sleep 120
   fi
-  say "the job was not requeued; the same sbatch goes on from $(newest_checkpoint)"
+  say "the job was not requeued; the same sbatch goes on with the run"
 }
 
 main "$@"
