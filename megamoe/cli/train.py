@@ -5,6 +5,7 @@ import os
 
 from megamoe.config import load_config
 from megamoe.config.load import named, read_file
+from megamoe.training import signals
 
 SUMMARY = "train a model, or go on with a run"
 EXAMPLES = """\
@@ -15,7 +16,8 @@ EXAMPLES = """\
   torchrun --nproc_per_node 2 --module megamoe train --config my_run.toml
 
 The run folder is OUTPUT_DIR/NAME (runs/PRESET-ROUTER where no name is given). The same command goes
-on from its newest checkpoint. `megamoe config --reference` lists all options."""
+on from its newest checkpoint. On USR1 or TERM the run saves, and ends with exit code 75: the same command
+goes on as if nothing had been. `megamoe config --reference` lists all options."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,7 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train."""
+    signals.listen()
     config = named(load_config(preset=args.preset, file=args.config, overrides=args.overrides), args.preset)
     ds = read_file(args.deepspeed_config) if args.deepspeed_config else None
     if hasattr(args, "local_rank"):
@@ -64,4 +67,5 @@ def run(args: argparse.Namespace) -> int:
     from megamoe.training.session import train
 
     train(config, DEFAULT_DS_CONFIG if ds is None else ds, read_launch())
+    signals.ignore()
     return 0
