@@ -1,8 +1,9 @@
-"""A real Slurm cluster on one Linux machine, for tests: ``python -m tests.slurm.cluster`` opens a shell on it.
+"""A real Slurm cluster on one Linux machine, for tests: ``python -m tests.slurm.cluster`` opens a shell.
 
-A node is a set of Linux namespaces with its own host name, network address, process tree, shared memory and slurmd;
-all nodes see the file system of the machine, but for /run. The cluster holds nothing outside its namespaces but an
-empty cgroup, and lives as long as a pipe from this process is open: it ends with it, however that ends.
+A node is a set of Linux namespaces with its own host name, network address, process tree, shared memory
+and slurmd; all nodes see the file system of the machine, but for /run. The cluster holds nothing outside
+its namespaces but an empty cgroup, and lives as long as a pipe from this process is open: it ends with
+it, however that ends.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from tests.environment import environment
 
 SCRIPT = Path(__file__).with_name("namespaces.sh")
 TOOLS = (
-    "slurmctld", "slurmd", "sbatch", "srun", "munged", "mpirun", "unshare", "nsenter", "setpriv", "ip", "mount",
-    "mknod", "find", "xargs",
+    "slurmctld", "slurmd", "sbatch", "srun", "munged", "mpirun",
+    "unshare", "nsenter", "setpriv", "ip", "mount", "mknod", "find", "xargs",
 )  # fmt: skip
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -33,7 +34,7 @@ START_SECONDS = 60
 PATIENCE_SECONDS = 60
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """This machine cannot run a cluster; the message is one line and says why."""
 
 
@@ -51,7 +52,7 @@ class Cluster:
         nodes: how many, 1 to 64.
 
     Raises:
-        Unavailable: this machine cannot run a cluster.
+        UnavailableError: this machine cannot run a cluster.
         ClusterError: the nodes were not ready within a minute.
     """
 
@@ -75,7 +76,7 @@ class Cluster:
         self.stop()
 
     def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._holder = subprocess.Popen(
             ["bash", SCRIPT, "hold", str(len(self.nodes))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
@@ -147,7 +148,7 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` tells: ``JobState``, ``Restarts``, ``NodeList``, ``StdOut``, ``ExitCode``, ..."""
+        """What ``scontrol show job`` tells: ``JobState``, ``Restarts``, ``NodeList``, ``StdOut``, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job).stdout))
 
     def wait(
@@ -224,24 +225,26 @@ def require_able_machine() -> None:
     """Check that a cluster can run here.
 
     Raises:
-        Unavailable: not as root, without Slurm, or on a kernel without namespaces and bridges.
+        UnavailableError: not as root, without Slurm, or on a kernel without namespaces and bridges.
     """
     if sys.platform != "linux":
-        raise Unavailable(f"a test cluster needs Linux, this is {sys.platform}")
+        raise UnavailableError(f"a test cluster needs Linux, this is {sys.platform}")
     missing = [tool for tool in TOOLS if shutil.which(tool, path=_variables()["PATH"]) is None]
     if missing:
-        raise Unavailable(
-            f"a test cluster needs {', '.join(missing)}: tests/slurm/install.sh, as root on Debian, installs them"
+        raise UnavailableError(
+            f"a test cluster needs {', '.join(missing)}: as root on Debian, tests/slurm/install.sh brings them"
         )
     if os.geteuid() != 0:
-        raise Unavailable("a test cluster needs root, for its network namespaces")
+        raise UnavailableError("a test cluster needs root, for its network namespaces")
     probe = subprocess.run(
         ["unshare", *NAMESPACES, "ip", "link", "add", "probe", "type", "bridge"],
         env=_variables(), capture_output=True, text=True, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     if probe.returncode:
         reason = " ".join(probe.stderr.split())
-        raise Unavailable(f"a test cluster needs namespaces with a network bridge, refused here: {reason}")
+        raise UnavailableError(
+            f"a test cluster needs namespaces with a network bridge, refused here: {reason}"
+        )
 
 
 def _variables() -> dict[str, str]:
@@ -249,7 +252,7 @@ def _variables() -> dict[str, str]:
     return user | {
         "PATH": f"{user['PATH']}:/usr/sbin:/sbin",
         "SLURM_CONF": "/run/slurm/slurm.conf",
-        # Open MPI keeps the sockets of a job in a folder called after the host, in the /tmp that clusters share.
+        # Open MPI keeps a job's sockets in a folder called after the host, in the /tmp that all nodes share.
         "OMPI_MCA_orte_tmpdir_base": "/run",
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }  # fmt: skip
@@ -273,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Cluster(chosen.nodes) as cluster:
             return subprocess.run(cluster.on_login(*chosen.command), env=_variables()).returncode
-    except Unavailable as reason:
+    except UnavailableError as reason:
         print(f"tests.slurm.cluster: error: {reason}", file=sys.stderr)
         return 2
 

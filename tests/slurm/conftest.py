@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Unavailable, require_able_machine
+from tests.slurm.cluster import Cluster, UnavailableError, require_able_machine
 
 FOLDER = Path(__file__).parent
 
@@ -22,7 +22,7 @@ def able_machine() -> None:
     """Skips where no cluster can run; continuous integration must be able to run one."""
     try:
         require_able_machine()
-    except Unavailable as reason:
+    except UnavailableError as reason:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(str(reason))
 
 

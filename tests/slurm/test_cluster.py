@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.environment import environment
-from tests.slurm.cluster import Cluster, ClusterError, Unavailable, main
+from tests.slurm.cluster import Cluster, ClusterError, UnavailableError, main
 
 REPOSITORY = Path(__file__).parents[2]
 FREEZER = Path("/sys/fs/cgroup/freezer")
@@ -155,7 +155,7 @@ def test_it_is_refused_in_one_line_to_a_user_who_is_not_root(
 ) -> None:
     os.seteuid(65534)
     try:
-        with pytest.raises(Unavailable, match="needs root"), Cluster():
+        with pytest.raises(UnavailableError, match="needs root"), Cluster():
             pass
         assert main([]) == 2
     finally:

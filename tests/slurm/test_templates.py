@@ -1,4 +1,4 @@
-"""The templates in slurm/: accepted by sbatch, whole, and with numbers of tasks that their presets divide over."""
+"""The templates in slurm/: accepted by sbatch, whole, and for numbers of tasks that their presets fit."""
 
 import re
 from pathlib import Path
