@@ -232,7 +232,7 @@ def require_able_machine() -> None:
     missing = [tool for tool in TOOLS if shutil.which(tool, path=_variables()["PATH"]) is None]
     if missing:
         raise UnavailableError(
-            f"a test cluster needs {', '.join(missing)}: as root on Debian, tests/slurm/install.sh brings them"
+            f"a test cluster needs {', '.join(missing)}: tests/slurm/install.sh brings them, on Debian"
         )
     if os.geteuid() != 0:
         raise UnavailableError("a test cluster needs root, for its network namespaces")
@@ -242,9 +242,7 @@ def require_able_machine() -> None:
     )  # fmt: skip
     if probe.returncode:
         reason = " ".join(probe.stderr.split())
-        raise UnavailableError(
-            f"a test cluster needs namespaces with a network bridge, refused here: {reason}"
-        )
+        raise UnavailableError(f"a test cluster needs namespaces with a bridge, refused here: {reason}")
 
 
 def _variables() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The test cluster behaves as a site's does: what launch scripts rely on, and that it leaves nothing behind."""
+"""The test cluster behaves as a site's does, as launch scripts rely on, and leaves nothing behind."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.slurm.cluster import Cluster, ClusterError, UnavailableError, main
 REPOSITORY = Path(__file__).parents[2]
 FREEZER = Path("/sys/fs/cgroup/freezer")
 
-# Written like slurm/launch.sh: tasks in the background of a shell that can be signalled, and asks for its requeue.
+# As slurm/launch.sh is: tasks in the background of a shell that can be signalled and asks for its requeue.
 SIGNALLED = r"""#!/bin/bash
 trap 'echo "shell: USR1"' USR1
 trap 'echo "shell: TERM"' TERM
@@ -76,7 +76,7 @@ def test_preemption_signals_the_tasks_alone_and_a_requeued_job_runs_again(
 
 
 def test_a_job_of_a_lost_node_is_requeued_and_the_node_comes_back(cluster: Cluster, tmp_path: Path) -> None:
-    script = 'echo "restart ${SLURM_RESTART_COUNT:-0}"; [[ -n ${SLURM_RESTART_COUNT:-} ]] || srun sleep 600'
+    script = 'echo "restart ${SLURM_RESTART_COUNT:-0}"; [ $SLURM_RESTART_COUNT ] || srun sleep 600'
     job = cluster.submit("--nodes=2", "--output=job.log", "--wrap", script, folder=tmp_path)
     until_printed(tmp_path / "job.log", "restart 0")
     cluster.fail_node("node2")
@@ -96,7 +96,7 @@ def test_a_job_that_ends_otherwise_than_expected_is_an_error_that_shows_its_outp
 
 
 def test_a_command_that_hangs_is_ended(cluster: Cluster) -> None:
-    with pytest.raises(ClusterError, match="not done after 0.5 s"):
+    with pytest.raises(ClusterError, match=r"not done after 0\.5 s"):
         cluster.run("sleep", "1234.5", timeout=0.5)
     deadline = time.monotonic() + 10
     while "1234.5" in cluster.run("ps", "ax").stdout:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -22,29 +23,13 @@ pytestmark = pytest.mark.timeout(1200)
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_SECONDS = 300
 STEPS = 240
-TOY = [
-    "--deepspeed_config",
-    "ds_configs/zero1_fp32.json",
-    "model.n_layers=1",
-    "model.d_model=16",
-    "model.n_heads=2",
-    "model.d_head=8",
-    "model.d_inner=16",
-    "model.segment_len=16",
-    "model.memory_len=16",
-    "moe.layers=0",
-    "moe.n_experts=4",
-    "moe.d_expert=8",
-    "moe.top_k=2",
-    "moe.schedule.mode=constant",
-    "training.batch_size=4",
-    "evaluation.every=0",
-    "evaluation.batch_size=4",
-    "evaluation.top_ks=2",
-    "checkpoint.every=10",
-    "logging.every=1",
-    "logging.tensorboard=false",
-]
+TOY = shlex.split("""
+    --deepspeed_config ds_configs/zero1_fp32.json
+    model.n_layers=1 model.d_model=16 model.n_heads=2 model.d_head=8 model.d_inner=16 model.segment_len=16
+    model.memory_len=16 moe.layers=0 moe.n_experts=4 moe.d_expert=8 moe.top_k=2 moe.schedule.mode=constant
+    training.batch_size=4 evaluation.every=0 evaluation.batch_size=4 evaluation.top_ks=2
+    checkpoint.every=10 logging.every=1 logging.tensorboard=false
+""")
 # What the templates ask of a cluster with GPUs is asked of one core each.
 ONE_TASK_EACH = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 

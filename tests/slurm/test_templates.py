@@ -1,6 +1,7 @@
 """The templates in slurm/: accepted by sbatch, whole, and for numbers of tasks that their presets fit."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,16 @@ def test_no_directive_is_lost(name):
     assert len(directives(name)) == sum(line.startswith("#SBATCH") for line in lines)
 
 
+@pytest.fixture(scope="module")
+def wide_cluster(able_machine: None) -> Iterator[Cluster]:
+    """As many nodes as the largest template asks for."""
+    with Cluster(nodes=max(int(directives(name).get("nodes", 1)) for name in TEMPLATES)) as cluster:
+        yield cluster
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_sbatch_accepts_it(cluster: Cluster, name):
-    done = cluster.run("sbatch", "--test-only", FOLDER / f"{name}.sh")
+def test_sbatch_accepts_it(wide_cluster: Cluster, name):
+    done = wide_cluster.run("sbatch", "--test-only", FOLDER / f"{name}.sh")
     assert "to start at" in done.stderr
 
 
