@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.environment import environment
@@ -103,19 +106,13 @@ def test_a_command_that_hangs_is_ended(cluster: Cluster) -> None:
         assert time.monotonic() < deadline
 
 
-def traces() -> set[str]:
-    """Namespaces, network devices, mounts, temporary folders and cgroups of this machine."""
-    processes = [path for path in Path("/proc").iterdir() if path.name.isdigit()]
-    namespaces = set()
+def namespaces_of(processes: Iterable[int]) -> set[str]:
+    found = set()
     for process in processes:
         for kind in ("net", "pid", "mnt"):
-            try:
-                namespaces.add(str((process / "ns" / kind).readlink()))
-            except OSError:  # it has ended meanwhile
-                continue
-    mounts = Path("/proc/self/mounts").read_text().splitlines()
-    devices = [f"device {path.name}" for path in Path("/sys/class/net").iterdir()]
-    return {*namespaces, *mounts, *devices, *map(str, Path("/run").iterdir()), *map(str, FREEZER.glob("*/"))}
+            with suppress(OSError):  # it has ended meanwhile
+                found.add(str(Path(f"/proc/{process}/ns/{kind}").readlink()))
+    return found
 
 
 BUSY = """
@@ -131,23 +128,29 @@ with Cluster(nodes=1) as cluster:
 
 @pytest.mark.parametrize("end", ["stop", "SIGKILL"])
 def test_nothing_stays_behind(able_machine: None, end: str) -> None:
-    before = traces()
+    devices = set(Path("/sys/class/net").iterdir())
+    ours = namespaces_of([os.getpid()])
     with subprocess.Popen(
         [sys.executable, "-c", BUSY],
         cwd=REPOSITORY, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as owner:  # fmt: skip
         assert owner.stdin is not None and owner.stdout is not None
         assert owner.stdout.readline() == "busy\n"
-        its_own = traces() - before
-        assert its_own
+        family = {process.pid for process in psutil.Process(owner.pid).children(recursive=True)}
+        namespaces = namespaces_of(family) - ours
+        cgroups = [path for path in FREEZER.glob("*/") if int(path.name.rpartition("-")[2]) in family]
+        assert namespaces
         if end == "SIGKILL":
             owner.send_signal(signal.SIGKILL)
         owner.stdin.close()
         assert owner.wait(60) == (0 if end == "stop" else -signal.SIGKILL)
-    deadline = time.monotonic() + (60 if end == "SIGKILL" else 0)
-    while left := its_own & traces():
+    deadline = time.monotonic() + 60
+    while left := namespaces & namespaces_of(psutil.pids()) | {
+        str(path) for path in cgroups if path.exists()
+    }:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+    assert set(Path("/sys/class/net").iterdir()) == devices
 
 
 def test_it_is_refused_in_one_line_to_a_user_who_is_not_root(

@@ -21,7 +21,7 @@ from tests.slurm.cluster import Cluster
 pytestmark = pytest.mark.timeout(1200)
 
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE_SECONDS = 45
+PATIENCE_SECONDS = 240
 STEPS = 240
 TOY = shlex.split("""
     --deepspeed_config ds_configs/zero1_fp32.json
@@ -206,7 +206,7 @@ def test_the_links_of_a_chain_go_on_with_one_run_and_those_after_its_end_return(
     assert "layout         4 data-parallel ranks" in first
     assert "step 3/3" in first
     assert "runs/chain: all 3 steps are done and scored" in second
-    assert "step" not in second.partition("runs/chain: all 3 steps")[2]
+    assert "step 3/3" not in second
 
 
 def test_elements_of_a_comparison_train_apart_and_come_back_apart(checkout: Checkout, tmp_path: Path) -> None:
