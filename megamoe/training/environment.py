@@ -129,7 +129,7 @@ def _system() -> dict[str, Any]:
         "host": platform.node(),
         "cpu": _fact(_cpu_model),
         "cores": os.cpu_count(),
-        "cores_for_us": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "memory_gib": _fact(_memory_gib),
     }
 
@@ -207,7 +207,7 @@ def _program(name: str) -> str | None:
     place = shutil.which(name)
     if place is None:
         return None
-    lines = (_output(name, "--version") or "says no version").splitlines()
+    lines = (_output(name, "--version") or f"{name}, which does not tell its version,").splitlines()
     return f"{lines[0]} at {place}"
 
 
