@@ -16,7 +16,9 @@ from megamoe.models.attention import AttentionInputs, AttentionSpan, encode_dist
 from megamoe.models.block import Block
 from megamoe.models.embeddings import AdaptiveEmbedding
 from megamoe.models.initialization import initialize
+from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
+from megamoe.moe.randomness import position_keys, token_keys
 from megamoe.moe.routing import RouterContext, Routing, on_one_rank
 
 
@@ -78,9 +80,11 @@ class TransformerXL(nn.Module):
         self.attention_bias_u = nn.Parameter(torch.empty(model.n_heads, model.d_head))
         self.attention_bias_v = nn.Parameter(torch.empty(model.n_heads, model.d_head))
         self.embedding = AdaptiveEmbedding(model)
-        self.layers = nn.ModuleList(Block(model, mixtures.get(i)) for i in range(model.n_layers))
+        self.layers = nn.ModuleList(Block(model, i, mixtures.get(i)) for i in range(model.n_layers))
         self.output = AdaptiveSoftmax(model)
-        self.dropout = nn.Dropout(model.dropout)
+        self.embedding_dropout = Dropout(model.dropout, "embedding")
+        self.position_dropout = Dropout(model.dropout, "positions")
+        self.output_dropout = Dropout(model.dropout, "output")
         initialize(self, model, seed)
 
     @property
@@ -102,6 +106,7 @@ class TransformerXL(nn.Module):
         *,
         top_k: int | None = None,
         step: int = 0,
+        rows: range | None = None,
         span: AttentionSpan | None = None,
         return_logits: bool = False,
     ) -> ModelOutput:
@@ -112,19 +117,22 @@ class TransformerXL(nn.Module):
             targets_BS: the tokens that follow them; None computes no loss.
             memory: what the segment before returned; None starts without.
             top_k: experts per token; None means `moe.top_k`.
-            step: optimizer steps done, for policies that change with it.
+            step: optimizer steps done, for dropout and policies that change with it.
+            rows: rows of the global batch that these B are, for dropout; None means the first ones.
             span: how far back attention reaches; None means as in training.
             return_logits: also score the whole vocabulary.
         """
         span = span or self.span
-        x_BSD = self.dropout(self.embedding(input_ids_BS))
+        keys_BS = self._token_keys(input_ids_BS, step, rows) if self.training else None
+        x_BSD = self.embedding_dropout(self.embedding(input_ids_BS), keys_BS)
         memory = memory or (x_BSD[:, :0].detach(),) * len(self.layers)
-        inputs = self._attention_inputs(x_BSD, memory[0], span)
+        inputs = self._attention_inputs(x_BSD, memory[0], span, step, keys_BS)
         context = RouterContext(
             step=step,
             seed=self.seed,
             top_k=self.moe_config.top_k if top_k is None else top_k,
             token_ids_T=input_ids_BS.flatten(),
+            token_keys_T=None if keys_BS is None else keys_BS.flatten(),
             mean_over_ranks=self.mean_over_ranks,
         )
         new_memory, routings = [], []
@@ -134,7 +142,7 @@ class TransformerXL(nn.Module):
             if routing is not None:
                 routings.append(routing)
                 context = replace(context, previous=routing)
-        hidden_BSD = self.dropout(x_BSD)
+        hidden_BSD = self.output_dropout(x_BSD, keys_BS)
         loss_BS, logits_BSV = self.output(
             hidden_BSD,
             targets_BS,
@@ -144,16 +152,28 @@ class TransformerXL(nn.Module):
         )
         return ModelOutput(loss_BS, logits_BSV, hidden_BSD, tuple(new_memory), tuple(routings))
 
+    def _token_keys(self, input_ids_BS: torch.Tensor, step: int, rows: range | None) -> torch.Tensor:
+        batch_size, segment_len = input_ids_BS.shape
+        rows = range(batch_size) if rows is None else rows
+        assert len(rows) == batch_size, f"{rows} for a batch of {batch_size}"
+        return token_keys(self.seed, step, rows, segment_len, input_ids_BS.device)
+
     def _attention_inputs(
-        self, x_BSD: torch.Tensor, memory_BMD: torch.Tensor, span: AttentionSpan
+        self,
+        x_BSD: torch.Tensor,
+        memory_BMD: torch.Tensor,
+        span: AttentionSpan,
+        step: int,
+        keys_BS: torch.Tensor | None,
     ) -> AttentionInputs:
         segment_len = x_BSD.shape[1]
         context_len = memory_BMD.shape[1] + segment_len
         distances_PD = encode_distances(context_len, x_BSD.shape[2], span.clamp_len, like=x_BSD)
         hidden_SC = hide_keys(segment_len, context_len, span, x_BSD.device)
-        return AttentionInputs(
-            self.dropout(distances_PD), hidden_SC, self.attention_bias_u, self.attention_bias_v
-        )
+        if self.position_dropout.active:
+            distances_P = torch.arange(context_len, -1, -1, device=x_BSD.device)
+            distances_PD = self.position_dropout(distances_PD, position_keys(self.seed, step, distances_P))
+        return AttentionInputs(distances_PD, hidden_SC, self.attention_bias_u, self.attention_bias_v, keys_BS)
 
 
 def _extend(memory_BMD: torch.Tensor, x_BSD: torch.Tensor, memory_len: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ from megamoe.parallel.optimizer import build_optimizer, parameter_groups
 from megamoe.training.callbacks import Callback, StepRecord, build_callbacks
 from megamoe.training.evaluation import evaluate
 from megamoe.training.guard import Guard
+from megamoe.training.heartbeat import Heartbeat, Watch
 from megamoe.training.learning_rate import Plateau, learning_rate
 from megamoe.training.metrics_file import read_metrics
 from megamoe.training.run_folder import RunFolder
@@ -92,7 +93,6 @@ def model(run: RunConfig) -> torch.nn.Module:
 def numbers(run: RunConfig) -> Any:
     """Parameters, and the losses of three segments with dropout on."""
     net = model(run)
-    torch.manual_seed(0)
     text = torch.arange(4 * 19).view(4, 19) ** 2 % VOCAB
     losses, memory = [], None
     for i in range(0, 18, 6):
@@ -151,6 +151,10 @@ def guarded(run: RunConfig) -> Any:
         except DivergenceError:
             return step
     return None
+
+
+def watched(run: RunConfig) -> Any:
+    return Watch(Heartbeat(), run, World(0, 1, torch.device("cpu")), Path("heartbeats")).timeout
 
 
 def figures(run: RunConfig) -> Any:
@@ -233,6 +237,7 @@ PROBES: list[tuple[str, str, Callable[[RunConfig], Any], str]] = [
     ("training.activation_checkpointing", "true", recomputes, ""),
     ("training.spike_factor", "3", guarded, ""),
     ("training.max_skipped_steps", "5", guarded, ""),
+    ("training.hang_timeout", "60", watched, ""),
     ("evaluation.batch_size", "4", figures, ""),
     ("evaluation.segment_len", "5", figures, ""),
     ("evaluation.memory_len", "1", figures, ""),
