@@ -183,7 +183,6 @@ def long_book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("launcher", signal.SIGINT),
         ("launcher", signal.SIGTERM),
-        ("rank 0", signal.SIGTERM),
         ("rank 1", signal.SIGTERM),
         ("rank 1", signal.SIGKILL),
         ("rank 0", signal.SIGKILL),
