@@ -1,10 +1,10 @@
 """Preparing a corpus by one process and by several: seconds of the whole command, in turn, round by round.
 
 The text is the training split of WikiText-2, bundled with megamoe, end to end until it is --megabytes
-long. Wall time counts, so nothing else may run on the machine. Every folder is compared with that of one
-process.
+long. Wall time counts, so other work on the machine blurs it: the report tells the load average, and the
+range of the rounds beside the median. Every folder is compared with that of one process.
 
-    python benchmarks/preparation.py --output benchmarks/results/2026-11-26-preparation
+    python benchmarks/prepare_data.py --output benchmarks/results/2026-11-26-prepare-data
 """
 
 import argparse
@@ -60,7 +60,7 @@ def require_equal(folder: Path, other: Path) -> None:
 
 
 def compare(megabytes: int, n_ranks: int, rounds: int) -> dict[str, Any]:
-    """Median seconds by tokenizer and number of ranks."""
+    """Seconds of every round by tokenizer and number of ranks."""
     times: dict[str, dict[int, list[float]]] = {name: {1: [], n_ranks: []} for name in TOKENIZERS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -73,11 +73,16 @@ def compare(megabytes: int, n_ranks: int, rounds: int) -> dict[str, Any]:
                 for n in by_ranks:
                     shutil.rmtree(folder / f"by-{n}")
         n_bytes = (folder / "text").stat().st_size
-    medians = {
-        tokenizer: {str(n): statistics.median(seconds) for n, seconds in by_ranks.items()}
+    seconds_by_ranks = {
+        tokenizer: {str(n): seconds for n, seconds in by_ranks.items()}
         for tokenizer, by_ranks in times.items()
     }
-    return {"bytes": n_bytes, "ranks": n_ranks, "rounds": rounds, "seconds": medians}
+    return {"bytes": n_bytes, "ranks": n_ranks, "rounds": rounds, "seconds": seconds_by_ranks}
+
+
+def summary(seconds: list[float]) -> str:
+    """Median, least and most."""
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 def report(result: dict[str, Any]) -> str:
@@ -86,16 +91,17 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"# Preparing {result['bytes'] / 1e6:.0f} MB of text, {result['date']}",
         "",
-        f"`{result['command']}` on {result['machine']}; medians of {result['rounds']} rounds, in turn.",
-        "All folders were equal.",
+        f"`{result['command']}` on {result['machine']}; {result['rounds']} rounds, in turn:",
+        "median (least to most). All folders were equal. Load average"
+        f" {result['load'][0]:.1f} before and {result['load'][1]:.1f} after.",
         "",
         f"| tokenizer | 1 process, s | {n} ranks, s | ratio |",
         "|---|---:|---:|---:|",
     ]
     for tokenizer, seconds in result["seconds"].items():
-        lines.append(
-            f"| {tokenizer} | {seconds['1']:.2f} | {seconds[n]:.2f} | {seconds['1'] / seconds[n]:.2f} |"
-        )
+        alone, shared = seconds["1"], seconds[n]
+        ratio = statistics.median(alone) / statistics.median(shared)
+        lines.append(f"| {tokenizer} | {summary(alone)} | {summary(shared)} | {ratio:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -109,8 +115,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
+    load = os.getloadavg()[0]
     result = compare(args.megabytes, args.ranks, args.rounds)
     result |= {
+        "load": [load, os.getloadavg()[0]],
         "date": date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
