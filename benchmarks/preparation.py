@@ -4,7 +4,7 @@ The text is the training split of WikiText-2, bundled with megamoe, end to end u
 long. Wall time counts, so other work on the machine blurs it: the report tells the load average, and the
 range of the rounds beside the median. Every folder is compared with that of one process.
 
-    python benchmarks/prepare_data.py --output benchmarks/results/2026-11-26-prepare-data
+    python benchmarks/preparation.py --output benchmarks/results/2026-11-26-preparation
 """
 
 import argparse
