@@ -137,12 +137,15 @@ def test_mpirun_makes_the_folder_of_one_process(
     assert f"encode train{share} (" in result.stderr
 
 
-def test_mpirun_prepares_the_bundled_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dataset", "kind"), [("enwik8", "reference_symbols"), ("text8", "bytes"), ("wikitext2", "words")]
+)
+def test_mpirun_prepares_the_bundled_text(tmp_path: Path, dataset: str, kind: str) -> None:
     for name, command in {
         "alone": lambda *arguments: [sys.executable, str(TOOL), *map(str, arguments)],
         "ranks": lambda *arguments: mpirun(2, *arguments),
     }.items():
-        arguments = ["enwik8", "--sample", "--tokenizer", "reference_symbols", "--output", tmp_path / name]
+        arguments = [dataset, "--sample", "--tokenizer", kind, "--output", tmp_path / name]
         assert run(command(*arguments)).returncode == 0
     assert contents(tmp_path / "ranks") == contents(tmp_path / "alone")
 
