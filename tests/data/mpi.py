@@ -1,7 +1,6 @@
 """The tool under mpirun, and ranks that are threads of this process."""
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -11,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from megamoe.data.ranks import Ranks
+from tests.launchers import require_mpirun
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 SECONDS = 120
@@ -21,12 +19,7 @@ SECONDS = 120
 
 def mpirun(size: int, *arguments: object) -> list[str]:
     """The command that starts the tool on `size` ranks."""
-    if shutil.which("mpirun") is None:
-        if "CI" in os.environ:
-            pytest.fail("mpirun is missing: apt-get install openmpi-bin")
-        pytest.skip("mpirun is missing")
-    launcher = ["mpirun", "--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
-    return [*launcher, "-n", str(size), sys.executable, str(TOOL), *map(str, arguments)]
+    return [*require_mpirun(), "-n", str(size), sys.executable, str(TOOL), *map(str, arguments)]
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
