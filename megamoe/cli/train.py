@@ -22,13 +22,7 @@ on from its newest checkpoint. `megamoe config --reference` lists all options.""
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--deepspeed_config", "--deepspeed-config", metavar="FILE",
-        help="DeepSpeed config (JSON); default: ZeRO stage 1, bf16 where the device has it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--deepspeed", action="store_true", help="accepted for habit: training always runs under DeepSpeed"
-    )
+    add_deepspeed_arguments(parser)
     add_local_rank(parser)
 
 
@@ -38,6 +32,17 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="", metavar="NAME", help="start from it; see megamoe presets")
     parser.add_argument("--config", default="", metavar="FILE", help="TOML or JSON, laid over the preset")
     parser.set_defaults(takes_overrides=True)
+
+
+def add_deepspeed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where the DeepSpeed config comes from."""
+    parser.add_argument(
+        "--deepspeed_config", "--deepspeed-config", metavar="FILE",
+        help="DeepSpeed config (JSON); default: ZeRO stage 1, bf16 where the device has it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--deepspeed", action="store_true", help="accepted for habit: training always runs under DeepSpeed"
+    )
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
