@@ -51,8 +51,6 @@ NAMES = (
     ("crit.out_layers.#.weight", "output.weights.#"),
     ("crit.out_layers.#.bias", "output.biases.#"),
     ("crit.out_projs.#", "output.projections.#"),
-    ("project_head.#.weight", "head.#.weight"),
-    ("project_head.#.bias", "head.#.bias"),
 )
 _OURS = dict(NAMES)
 _THEIRS = {ours: reference for reference, ours in NAMES}
