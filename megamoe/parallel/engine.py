@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -16,7 +17,8 @@ from torch import nn
 
 from megamoe.config.schema import RunConfig
 from megamoe.errors import DistributedError
-from megamoe.models.transformer_xl import ModelOutput, TransformerXL
+from megamoe.models.classifier import Classifier
+from megamoe.models.transformer_xl import Backbone, TransformerXL
 from megamoe.moe.layer import MoELayer
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import Layout, layout_of
@@ -80,12 +82,12 @@ class Engine:
         )
 
     @property
-    def model(self) -> TransformerXL:
+    def model(self) -> Backbone:
         """The model that DeepSpeed trains."""
         return self.deepspeed.module
 
-    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        """`TransformerXL.forward` through DeepSpeed."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `forward` through DeepSpeed."""
         return self.deepspeed(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -147,9 +149,10 @@ def global_grad_norm(model: nn.Module) -> float:
     return math.sqrt(square)
 
 
-def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -> TransformerXL:
-    """The model of a run with this rank's share of the experts."""
-    model = TransformerXL(
+def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -> Backbone:
+    """The model of a run, a classifier if it has a task, with this rank's share of the experts."""
+    kind = partial(Classifier, n_classes=len(run.task.labels)) if run.task.name else TransformerXL
+    model = kind(
         replace(run.model, vocab_size=vocab_size),
         run.moe,
         seed=run.training.seed,

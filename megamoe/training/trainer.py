@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megamoe.checkpoint.state import TrainingState
 from megamoe.checkpoint.writer import CheckpointWriter, memory_slices
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
+from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, MegaMoEError
 from megamoe.moe.initialization import generator
@@ -25,6 +26,7 @@ from megamoe.moe.routing import Routing
 from megamoe.moe.schedules import top_k_at
 from megamoe.parallel.engine import Engine
 from megamoe.parallel.launch import World
+from megamoe.training.banner import describe
 from megamoe.training.callbacks.callback import Callback, StepRecord
 from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
 from megamoe.training.guard import Guard
@@ -64,19 +66,15 @@ class Trainer:
         run: RunConfig,
         ds_config: Mapping[str, Any],
         world: World,
-        corpus: Corpus,
+        corpus: Corpus | SentenceSet,
         folder: RunFolder,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.run, self.world, self.corpus, self.folder = run, world, corpus, folder
+        self.run, self.world, self.folder = run, world, folder
+        self.corpus: Any = corpus
         self.callbacks = list(callbacks)
         self.engine = Engine(run, ds_config, world, corpus.vocab_size)
-        self.stream = TokenStream(
-            corpus.tokens["train"],
-            batch_size=run.training.batch_size,
-            segment_len=run.model.segment_len,
-            rows=self.engine.rows,
-        )
+        self.stream = self._open_stream()
         self.memories: list[Memory | None] = [None] * self.engine.micro_batches
         self.plateau = Plateau()
         self.step = self.tokens = 0
@@ -86,6 +84,29 @@ class Trainer:
         self._writer = CheckpointWriter(world, background=run.checkpoint.async_write)
         self._guard = Guard(run, world)
         self._window = Window()
+
+    def _open_stream(self) -> Any:
+        """The batches of this rank by step."""
+        return TokenStream(
+            self.corpus.tokens["train"],
+            batch_size=self.run.training.batch_size,
+            segment_len=self.run.model.segment_len,
+            rows=self.engine.rows,
+        )
+
+    def describe(self) -> dict[str, str]:
+        """Names and values for the banner."""
+        return describe(self)
+
+    def probe(self) -> dict[str, torch.Tensor]:
+        """Held-out text for one forward pass: arguments of it, those of this rank, always the same."""
+        stream = TokenStream(
+            self.corpus.tokens["valid"],
+            batch_size=self.world.world_size,
+            segment_len=self.run.evaluation.segment_len,
+            rows=range(self.world.rank, self.world.rank + 1),
+        )
+        return {"input_ids_BS": stream.batch(0).input_ids_BS.to(self.world.device)}
 
     def train(self) -> None:
         """Run from the present step to the last, then score the test split with the best weights."""
@@ -137,6 +158,24 @@ class Trainer:
             self.memories = [None] * engine.micro_batches
         losses, auxiliaries = [], []
         routings: tuple[Routing, ...] = ()
+        for loss, routings in self._forward(batch, top_k):
+            weighted, auxiliary = auxiliary_loss(routings, run.moe, self.world.mean)
+            engine.backward(loss + weighted)
+            losses.append(loss.detach())
+            auxiliaries.append(auxiliary)
+        result = engine.step()
+        self.step += 1
+        n_tokens = run.training.batch_size * batch.input_ids_BS.shape[1]
+        self.tokens += n_tokens
+        return StepRecord(
+            step=self.step, lr=lr, top_k=top_k, loss=torch.stack(losses).mean(),
+            auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
+            tokens=n_tokens, routings=routings,
+        )  # fmt: skip
+
+    def _forward(self, batch: Any, top_k: int) -> Iterator[tuple[torch.Tensor, tuple[Routing, ...]]]:
+        """Mean loss and routings of each micro-batch; the next is read when the gradients of one are done."""
+        engine = self.engine
         micro_batches = zip(
             batch.input_ids_BS.chunk(engine.micro_batches),
             batch.targets_BS.chunk(engine.micro_batches),
@@ -148,23 +187,8 @@ class Trainer:
                 input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
                 top_k=top_k, step=self.step,
             )  # fmt: skip
-            assert output.loss_BS is not None
-            loss = output.loss_BS.mean()
-            weighted, auxiliary = auxiliary_loss(output.routings, run.moe, self.world.mean)
-            engine.backward(loss + weighted)
             self.memories[index] = output.memory
-            losses.append(loss.detach())
-            auxiliaries.append(auxiliary)
-            routings = output.routings
-        result = engine.step()
-        self.step += 1
-        n_tokens = run.training.batch_size * batch.targets_BS.shape[1]
-        self.tokens += n_tokens
-        return StepRecord(
-            step=self.step, lr=lr, top_k=top_k, loss=torch.stack(losses).mean(),
-            auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
-            tokens=n_tokens, routings=routings,
-        )  # fmt: skip
+            yield output.loss_BS.mean(), output.routings
 
     def _seed_dropout(self, micro_batch: int) -> None:
         """Make dropout a function of (seed, step, micro-batch, rank), so that resuming needs no state."""
@@ -185,7 +209,7 @@ class Trainer:
         moe, max_tokens = self.run.moe, self.run.evaluation.max_tokens
         evaluation = self._evaluate("valid", (moe.top_k, moe.n_experts), self.step, max_tokens)
         self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
-        figure = evaluation.figure(evaluation.largest_k)
+        figure = evaluation.selection
         if math.isfinite(figure) and (self.best_figure is None or figure < self.best_figure):
             self.best_figure, self.best_step = figure, self.step
         self._tell("on_evaluation", evaluation)
