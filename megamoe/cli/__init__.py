@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from megamoe import __version__
 from megamoe.cli import config, env, evaluate, finetune, presets, routers, train
-from megamoe.errors import ConfigError, MegaMoEError
+from megamoe.errors import ConfigError, ExitCode, LostRankError, MegaMoEError, StoppedError
 
 COMMANDS = {
     "train": train,
@@ -25,24 +25,29 @@ COMMANDS = {
     "routers": routers,
     "env": env,
 }
-USER_ERROR, INTERRUPTED = 2, 130
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 GRACE_SECONDS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0, 2 for a user's mistake, 130 on Ctrl-C."""
+    """Run a subcommand; returns the exit code, see `ExitCode`."""
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
         return args.run(args)
+    except StoppedError as stop:
+        if _is_main():
+            print(f"megamoe: {stop}; the same command goes on", file=sys.stderr)
+        return stop.exit_code
     except MegaMoEError as error:
         return _refuse(error)
+    except LostRankError as error:
+        _leave_at_once(error)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`megamoe config | head`); Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return ExitCode.DONE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,9 +84,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _refuse(error: MegaMoEError) -> int:
     """Rank 0 tells, in one line. The others wait for the launcher to end them, so as not to be first."""
-    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
-    if rank == "0":
+    if _is_main():
         print("megamoe: error:", " ".join(str(error).split()), file=sys.stderr)
     else:
         time.sleep(GRACE_SECONDS)
-    return USER_ERROR
+    return error.exit_code
+
+
+def _leave_at_once(error: LostRankError) -> NoReturn:
+    """End without the usual tidying up, which would wait for the rank that is gone."""
+    print("megamoe: error:", error, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ExitCode.LOST_RANK)
+
+
+def _is_main() -> bool:
+    """Whether this process is rank 0, as launchers say it before torch is there to ask."""
+    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megamoe.config import load_config
 from megamoe.config.load import read_file
+from megamoe.training import signals
 
 SUMMARY = "train a model, or go on with a run"
 EXAMPLES = """\
@@ -16,7 +17,8 @@ EXAMPLES = """\
   torchrun --nproc_per_node 2 --module megamoe train --config my_run.toml
 
 The run folder is OUTPUT_DIR/NAME (runs/PRESET-ROUTER where no name is given). The same command goes
-on from its newest checkpoint. `megamoe config --reference` lists all options."""
+on from its newest checkpoint. On USR1 or TERM the run saves, and ends with exit code 75: the same command
+goes on as if nothing had been. `megamoe config --reference` lists all options."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,7 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train."""
+    signals.listen()
     config = load_config(preset=args.preset, file=args.config, overrides=args.overrides)
     if not config.name:
         config = replace(config, name=f"{args.preset or 'run'}-{config.moe.router.name}")
@@ -67,4 +70,5 @@ def run(args: argparse.Namespace) -> int:
     from megamoe.training.session import train
 
     train(config, DEFAULT_DS_CONFIG if ds is None else ds, read_launch())
+    signals.ignore()
     return 0

@@ -228,12 +228,17 @@ class TrainingConfig:
     max_skipped_steps: int = option(
         20, "stop after this many steps in a row were skipped because gradients were not finite"
     )
+    hang_timeout: float = option(
+        600.0,
+        "seconds without progress after which the run tells which rank holds it up, and ends; 0: never."
+        " Writing a checkpoint must take less",
+    )
 
     def __post_init__(self) -> None:
         _require_positive(
             "training", self, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps"
         )
-        for name in ("seed", "grad_clip", "spike_factor"):
+        for name in ("seed", "grad_clip", "spike_factor", "hang_timeout"):
             value = getattr(self, name)
             _require(value >= 0, f"training.{name}", value, "give 0 or more")
 

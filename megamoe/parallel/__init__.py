@@ -9,3 +9,5 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# Torch then remembers the last collectives of a rank, for the report on one that hangs.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")

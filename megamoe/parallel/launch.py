@@ -19,6 +19,8 @@ from megamoe.errors import DistributedError
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other to come up, and in any collective."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,14 @@ class World:
         """The mean over ranks, without gradient."""
         return self.sum(values) / self.world_size
 
+    def max(self, value: int) -> int:
+        """The largest `value` of any rank. One rank alone communicates nothing."""
+        if self.world_size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in order of rank."""
         values = [None] * self.world_size
@@ -244,7 +254,7 @@ class World:
         dist.destroy_process_group()
 
 
-def start(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> World:
+def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
     """Join the process group of a run: NCCL on GPUs, else gloo. A group that exists is used as it is.
 
     Raises:

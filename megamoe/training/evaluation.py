@@ -162,6 +162,7 @@ def evaluate(
     *,
     step: int = 0,
     max_tokens: int = 0,
+    after_segment: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score `split` by the published protocol: contiguous streams with memory, each token weighing the same.
 
@@ -177,6 +178,7 @@ def evaluate(
         world: the ranks that share the rows.
         step: optimizer steps behind the model.
         max_tokens: score at most about this many tokens (whole segments, at least one); 0 scores all.
+        after_segment: called after each forward pass, at the same places on all ranks.
     """
     rows = _Rows.of_rank(run.evaluation.batch_size, world.rank, world.world_size)
     stream = TokenStream(
@@ -194,6 +196,7 @@ def evaluate(
         total, n_predictions = _total_loss(
             model, stream, n_segments, rows, world.device,
             top_k=None if top_k == NO_EXPERTS else top_k, step=step, span=evaluation_span(run),
+            after_segment=after_segment,
         )  # fmt: skip
         tokens = n_predictions * run.evaluation.batch_size
         nats[top_k] = float(world.sum(total)) / tokens
@@ -235,6 +238,7 @@ def _total_loss(
     top_k: int | None,
     step: int,
     span: AttentionSpan,
+    after_segment: Callable[[], None],
 ) -> tuple[torch.Tensor, int]:
     """This rank's sum of token losses (float64 scalar), and the predictions made in one row."""
     weights_B = rows.weights_B.to(device)
@@ -249,6 +253,7 @@ def _total_loss(
         assert output.loss_BS is not None
         total += output.loss_BS.double().sum(dim=1) @ weights_B
         n_predictions += targets_BS.shape[1]
+        after_segment()
     return total, n_predictions
 
 

@@ -19,6 +19,10 @@ class RunFolder:
         """The folder that `run.output_dir` and `run.name` name."""
         return cls(Path(run.output_dir) / run.name)
 
+    def holds(self, path: Path) -> bool:
+        """Whether `path` lies in this folder."""
+        return path.resolve().is_relative_to(self.root.resolve())
+
     @property
     def config(self) -> Path:
         """The resolved run config."""
@@ -58,6 +62,11 @@ class RunFolder:
     def best(self) -> Path:
         """Checkpoint with the lowest validation loss."""
         return self.root / "best"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of the ranks' signs of life, see `megamoe.training.heartbeat`."""
+        return self.root / "heartbeats"
 
     @property
     def plots(self) -> Path:

@@ -1,9 +1,11 @@
 """From a config to a finished run: everything is checked, then the run folder is made, then it trains."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,15 +18,18 @@ from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus, load_corpus
 from megamoe.data.stream import TokenStream
-from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError
+from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError, StoppedError
 from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routers import resolve_options
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
-from megamoe.parallel.launch import Launch, World, start
+from megamoe.parallel.launch import GROUP_TIMEOUT, Launch, World, start
+from megamoe.parallel.lost import is_lost_rank, lost_rank
+from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
 from megamoe.training.evaluation import evaluation_span, top_ks_to_score
+from megamoe.training.lock import RunLock
 from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.trainer import Trainer
 
@@ -41,6 +46,8 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
 
     Raises:
         DivergenceError: training was stopped by its guard.
+        StoppedError: a signal stopped the run.
+        LostRankError: another rank does not answer.
         MegaMoEError: something does not fit. Nothing has been written then.
     """
     ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
@@ -48,32 +55,48 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
     top_ks_to_score(run, run.evaluation.top_ks)
     evaluation_span(run)
     folder = RunFolder.of(run)
-    with joined(launch) as world:
+    lock = RunLock(folder.root)
+    with joined(launch, run.training.hang_timeout) as world:
+        asked = signals.agreed(world)
+        if asked is not None:
+            raise StoppedError(f"stopped on {asked.name} before the first step")
         corpus = agree(world, lambda: load_checked_corpus(run))
         run = with_vocabulary(run, corpus)
         callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
+        agree(world, lambda: lock.acquire() if world.is_main else None)
         checkpoint = _checkpoint_to_resume(run, folder, world)
-        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, corpus))
+        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, corpus))
         trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
         if reader is not None:
             trainer.resume(reader)
         _rehearse(trainer)
-        agree(world, lambda: _make_folder(run, ds_config, folder) if world.is_main else None)
+        agree(world, lambda: _make_folder(run, ds_config, folder, lock) if world.is_main else None)
         trainer.train()
 
 
 @contextmanager
-def joined(launch: Launch) -> Iterator[World]:
+def joined(launch: Launch, hang_timeout: float = 0.0) -> Iterator[World]:
     """The process group of a launch, which is left at the end and on errors that every rank meets.
 
     After any other error the process just ends, and its launcher ends the others: leaving the group in
     order would wait for ranks that wait for this one.
+
+    Args:
+        launch: who this process is.
+        hang_timeout: seconds that a collective may take at least.
+
+    Raises:
+        LostRankError: another rank does not answer.
     """
-    world = start(launch)
+    world = start(launch, max(GROUP_TIMEOUT, timedelta(seconds=hang_timeout + 60)))
     try:
         yield world
     except MegaMoEError:
         world.shutdown()
+        raise
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            raise lost_rank(error, world.rank, "at the start or the end") from error
         raise
     world.shutdown()
 
@@ -139,7 +162,7 @@ def _checkpoint_to_resume(run: RunConfig, folder: RunFolder, world: World) -> Pa
     def find() -> Path | None:
         if not world.is_main:
             return None
-        if run.checkpoint.resume == "auto":
+        if run.checkpoint.resume != "never":
             for parent in (folder.root, folder.checkpoints):
                 clear_leftovers(parent)
         return find_checkpoint(run, folder)
@@ -150,13 +173,14 @@ def _checkpoint_to_resume(run: RunConfig, folder: RunFolder, world: World) -> Pa
 def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
     """The checkpoint that `checkpoint.resume` means; None starts from scratch.
 
+    A run that began with another run's checkpoint goes on from its own, so that the command that began
+    it goes on with it.
+
     Raises:
         ConfigError: it says "never", and the run folder holds a run.
         CheckpointError: the one it names does not exist, or the run folder holds damaged ones only.
     """
     resume = run.checkpoint.resume
-    if resume not in ("auto", "never"):
-        return locate(resume)
     started = bool(step_folders(folder.checkpoints))
     if resume == "never":
         if started:
@@ -164,22 +188,26 @@ def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
                 f"checkpoint.resume = 'never': {folder.root} holds a run; give another name, or remove it"
             )
         return None
+    if resume != "auto" and (not started or folder.holds(Path(resume))):
+        return locate(resume)
     found = find_latest(folder.root)
     if started and found is None:
         raise CheckpointError(
-            f"checkpoint.resume = 'auto': no checkpoint in {folder.checkpoints} is complete; remove them to"
-            " start over"
+            f"checkpoint.resume = {resume!r}: no checkpoint in {folder.checkpoints} is complete; remove them"
+            " to start over"
         )
     return found
 
 
-def _open_checkpoint(checkpoint: Path | None, run: RunConfig, corpus: Corpus) -> CheckpointReader | None:
+def _open_checkpoint(
+    checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Corpus
+) -> CheckpointReader | None:
     if checkpoint is None:
         return None
     reader = CheckpointReader(checkpoint)
     require_same_tokens(reader, corpus)
     require_same_options(reader, run.model, run.moe)
-    if run.checkpoint.resume == "auto":
+    if folder.holds(checkpoint):
         _require_same_run(reader, run, corpus)
     return reader
 
@@ -220,10 +248,12 @@ def _rehearse(trainer: Trainer) -> None:
     engine.train()
 
 
-def _make_folder(run: RunConfig, ds_config: Mapping[str, Any], folder: RunFolder) -> None:
+def _make_folder(run: RunConfig, ds_config: Mapping[str, Any], folder: RunFolder, lock: RunLock) -> None:
     config = run.to_dict()
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        shutil.rmtree(folder.heartbeats, ignore_errors=True)  # of a job before
         write_json(folder.config, config)
         write_json(folder.ds_config, ds_config)
         write_json(folder.environment, describe_environment(config))

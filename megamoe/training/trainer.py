@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megamoe.checkpoint.format import step_folder
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.restore import read_memory, restore_checkpoint
 from megamoe.checkpoint.state import TrainingState
@@ -18,7 +19,7 @@ from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
 from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
-from megamoe.errors import CheckpointError, MegaMoEError
+from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
 from megamoe.moe.initialization import generator
 from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routers import router_class
@@ -26,10 +27,13 @@ from megamoe.moe.routing import Routing
 from megamoe.moe.schedules import top_k_at
 from megamoe.parallel.engine import Engine
 from megamoe.parallel.launch import World
+from megamoe.parallel.lost import is_lost_rank, lost_rank
+from megamoe.training import signals
 from megamoe.training.banner import describe
 from megamoe.training.callbacks.callback import Callback, StepRecord
 from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
 from megamoe.training.guard import Guard
+from megamoe.training.heartbeat import Heartbeat, Watch
 from megamoe.training.learning_rate import Plateau, learning_rate
 from megamoe.training.run_folder import RunFolder
 from megamoe.training.window import Window
@@ -81,9 +85,11 @@ class Trainer:
         self.best_figure: float | None = None
         self.best_step: int | None = None
         self.last_checkpoint: Path | None = None
+        self._kept_step = 0  # the last whose state needs no saving, because it is saved or the very start
         self._writer = CheckpointWriter(world, background=run.checkpoint.async_write)
         self._guard = Guard(run, world)
         self._window = Window()
+        self._heartbeat = Heartbeat()
 
     def _open_stream(self) -> Any:
         """The batches of this rank by step."""
@@ -109,18 +115,40 @@ class Trainer:
         return {"input_ids_BS": stream.batch(0).input_ids_BS.to(self.world.device)}
 
     def train(self) -> None:
-        """Run from the present step to the last, then score the test split with the best weights."""
+        """Run from the present step to the last, then score the test split with the best weights.
+
+        Raises:
+            StoppedError: on all ranks, because one got a signal of `signals.SIGNALS`. What was done is kept.
+            DivergenceError: the guard stopped the run.
+            LostRankError: another rank does not answer.
+        """
+        watch = Watch(self._heartbeat, self.run, self.world, self.folder.heartbeats)
+        watch.start()
         try:
             self._tell("on_train_start")
+            self._stop_if_asked()
             while self.step < self.run.training.max_steps:
                 self._advance()
+                self._stop_if_asked()
             self.wait_for_save()
             self._score_test()
             self._tell("on_train_end")
         except BaseException as error:
+            watch.stop(keep_sign=not isinstance(error, StoppedError))
+            if is_lost_rank(error):
+                error = self._lost_rank(error)
             self._keep_last_save(error)
             self._tell("on_error", error)
-            raise
+            raise error
+        watch.stop(keep_sign=False)
+
+    def _lost_rank(self, error: BaseException) -> LostRankError:
+        heart = self._heartbeat
+        return lost_rank(error, self.world.rank, f"after step {heart.step} in {heart.phase}")
+
+    def _beat(self, phase: str) -> None:
+        """Every rank is about to do `phase`."""
+        self._heartbeat.beat(phase, self.step)
 
     def _keep_last_save(self, error: BaseException) -> None:
         """Complete what is being written if every rank has met `error`, so that none waits for another."""
@@ -131,6 +159,7 @@ class Trainer:
                 logger.error("%s", failure)
 
     def _advance(self) -> None:
+        self._beat("data")
         begin = time.perf_counter()
         record = self._train_step()
         self._window.add(record, time.perf_counter() - begin)
@@ -141,6 +170,23 @@ class Trainer:
             self._validate()
         self._tell("on_step_end", record)
         self._announce(self._writer.poll())
+
+    def _stop_if_asked(self) -> None:
+        """Between steps: if a rank got a signal, end the run with a checkpoint of this very step."""
+        asked = signals.agreed(self.world)
+        if asked is None:
+            return
+        if self.step != self._kept_step:
+            self.save([self.folder.checkpoints / step_folder(self.step)])
+        self.wait_for_save()
+        raise StoppedError(f"stopped on {asked.name}")
+
+    def _stop_scoring_if_asked(self) -> None:
+        """The engine may hold the best weights by now, and the last ones are in a checkpoint."""
+        self._beat("test")
+        asked = signals.agreed(self.world)
+        if asked is not None:
+            raise StoppedError(f"stopped on {asked.name} before the test split was scored")
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps (0: at the end alone) is due after this step."""
@@ -160,9 +206,11 @@ class Trainer:
         routings: tuple[Routing, ...] = ()
         for loss, routings in self._forward(batch, top_k):
             weighted, auxiliary = auxiliary_loss(routings, run.moe, self.world.mean)
+            self._beat("backward")
             engine.backward(loss + weighted)
             losses.append(loss.detach())
             auxiliaries.append(auxiliary)
+        self._beat("update")
         result = engine.step()
         self.step += 1
         n_tokens = run.training.batch_size * batch.input_ids_BS.shape[1]
@@ -183,6 +231,7 @@ class Trainer:
         )
         for index, (input_ids_BS, targets_BS) in enumerate(micro_batches):
             self._seed_dropout(index)
+            self._beat("forward")
             output = engine.forward(
                 input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
                 top_k=top_k, step=self.step,
@@ -196,6 +245,7 @@ class Trainer:
         torch.manual_seed(seed.initial_seed())
 
     def _log(self, record: StepRecord) -> None:
+        self._beat("log")
         figures = self._window.figures(record, self.world, self.corpus.metric)
         steps_left = self.run.training.max_steps - self.step
         figures["time/eta_seconds"] = steps_left * figures["time/step_seconds"]
@@ -207,7 +257,10 @@ class Trainer:
     def _validate(self) -> None:
         """Score the validation split at `moe.top_k` and at all experts; the latter decides what is best."""
         moe, max_tokens = self.run.moe, self.run.evaluation.max_tokens
-        evaluation = self._evaluate("valid", (moe.top_k, moe.n_experts), self.step, max_tokens)
+        evaluation = self._evaluate(
+            "valid", (moe.top_k, moe.n_experts), self.step,
+            max_tokens=max_tokens, after_segment=lambda: self._beat("validation"),
+        )  # fmt: skip
         self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
         figure = evaluation.selection
         if math.isfinite(figure) and (self.best_figure is None or figure < self.best_figure):
@@ -216,20 +269,24 @@ class Trainer:
 
     def _score_test(self) -> None:
         """Score the test split with the best weights, or with the last where no validation was finite."""
+        self._beat("test")
         step = self.step
         if self.best_step is not None:
             reader = CheckpointReader(self.folder.best)
             best = restore_checkpoint(reader, self.engine, self.world, load_optimizer=False)
             # After a resume from before it, the folder knows better than this process.
             self.best_figure, self.best_step, step = best.best_metric, best.step, best.step
-        self._tell("on_evaluation", self._evaluate("test", self.run.evaluation.top_ks, step))
+        evaluation = self._evaluate(
+            "test", self.run.evaluation.top_ks, step, after_segment=self._stop_scoring_if_asked
+        )
+        self._tell("on_evaluation", evaluation)
 
-    def _evaluate(self, split: str, wanted: Sequence[int], step: int, max_tokens: int = 0) -> Evaluation:
+    def _evaluate(self, split: str, wanted: Sequence[int], step: int, **options: Any) -> Evaluation:
         self.engine.eval()
         try:
             return evaluate(
                 self.engine.forward, self.corpus, split, top_ks_to_score(self.run, wanted), self.run,
-                self.world, step=step, max_tokens=max_tokens,
+                self.world, step=step, **options,
             )  # fmt: skip
         finally:
             self.engine.train()
@@ -250,7 +307,8 @@ class Trainer:
         self.step, self.tokens = state.step, state.tokens_seen
         self.plateau = Plateau(**state.schedule)
         self.last_checkpoint = reader.folder
-        if reader.folder.resolve().is_relative_to(self.folder.root.resolve()):
+        self._kept_step = state.step
+        if self.folder.holds(reader.folder):
             self.best_figure, self.best_step = state.best_metric, state.best_step
 
     def save(self, folders: Sequence[Path]) -> None:
@@ -258,6 +316,7 @@ class Trainer:
 
         Callbacks are told of each folder after the step by which it is complete.
         """
+        self._beat("saving")
         memory: list[torch.Tensor] = []
         if self.memories[0] is not None:
             parts = [memory for memory in self.memories if memory is not None]
@@ -267,10 +326,13 @@ class Trainer:
             run=self.run,
             memory=memory_slices(memory, self.engine.rows, self.run.training.batch_size),
         )  # fmt: skip
+        if any(folder.parent == self.folder.checkpoints for folder in folders):
+            self._kept_step = self.step
         self._announce(complete)
 
     def wait_for_save(self) -> None:
         """Complete the checkpoint that is still being written, if there is one; on all ranks."""
+        self._beat("saving")
         self._announce(self._writer.wait())
 
     def _announce(self, complete: Sequence[Path]) -> None:

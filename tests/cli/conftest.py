@@ -1,6 +1,5 @@
 """Runs commands as a user does, and one small training run for all tests of this folder."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from megamoe.data.datasets import open_text
 from megamoe.data.prepare import prepare
+from tests.environment import environment
 
 CONFIG = """
 name = "toy"
@@ -51,17 +51,6 @@ class Done:
     code: int
     output: str
     errors: str
-
-
-def environment() -> dict[str, str]:
-    """As a user's shell has it: nothing of a launcher, one thread per process."""
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in launched}
-    scripts = str(Path(sys.executable).parent)
-    return inherited | {
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-        "PATH": f"{scripts}{os.pathsep}{inherited['PATH']}",
-    }  # fmt: skip
 
 
 def call(command: Sequence[str], folder: Path) -> Done:

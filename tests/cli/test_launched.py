@@ -27,7 +27,7 @@ def test_a_run_by_the_deepspeed_launcher(launched: Done, project: Path) -> None:
     folder = project / "runs/toy"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "ds_config.json", "environment.json", "metrics.jsonl", "train.log", "results.json",
-        "checkpoints", "best", "plots", "tensorboard",
+        "checkpoints", "best", "plots", "tensorboard", ".lock",
     }  # fmt: skip
     assert json.loads((folder / "config.json").read_text())["model"]["vocab_size"] == 256
     assert '"auto"' not in (folder / "ds_config.json").read_text()

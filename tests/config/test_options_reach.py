@@ -28,6 +28,7 @@ from megamoe.parallel.optimizer import build_optimizer, parameter_groups
 from megamoe.training.callbacks import Callback, StepRecord, build_callbacks
 from megamoe.training.evaluation import evaluate
 from megamoe.training.guard import Guard
+from megamoe.training.heartbeat import Heartbeat, Watch
 from megamoe.training.learning_rate import Plateau, learning_rate
 from megamoe.training.metrics_file import read_metrics
 from megamoe.training.run_folder import RunFolder
@@ -153,6 +154,10 @@ def guarded(run: RunConfig) -> Any:
     return None
 
 
+def watched(run: RunConfig) -> Any:
+    return Watch(Heartbeat(), run, World(0, 1, torch.device("cpu")), Path("heartbeats")).timeout
+
+
 def figures(run: RunConfig) -> Any:
     net = model(run).eval()
     scored = evaluate(
@@ -233,6 +238,7 @@ PROBES: list[tuple[str, str, Callable[[RunConfig], Any], str]] = [
     ("training.activation_checkpointing", "true", recomputes, ""),
     ("training.spike_factor", "3", guarded, ""),
     ("training.max_skipped_steps", "5", guarded, ""),
+    ("training.hang_timeout", "60", watched, ""),
     ("evaluation.batch_size", "4", figures, ""),
     ("evaluation.segment_len", "5", figures, ""),
     ("evaluation.memory_len", "1", figures, ""),

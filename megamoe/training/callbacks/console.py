@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 
+from megamoe.errors import LostRankError, StoppedError
 from megamoe.training.banner import banner
 from megamoe.training.callbacks.callback import Callback
 from megamoe.training.evaluation import Evaluation, format_figure
@@ -76,8 +77,9 @@ class ConsoleCallback(Callback):
     def on_error(self, trainer: "Trainer", error: BaseException) -> None:
         """Free the terminal and say what is left; the error itself is told by whoever catches it."""
         self._stop()
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
-        self.show(f"{_step(trainer)} | {error or reason}", only_log=True)
+        reason = _reason(error)
+        if str(error) not in ("", reason):
+            self.show(f"{_step(trainer)} | {error}", only_log=True)
         if trainer.last_checkpoint is not None:
             what = f"last checkpoint: {trainer.last_checkpoint}; the same command goes on from there"
         else:
@@ -86,10 +88,10 @@ class ConsoleCallback(Callback):
 
     def show(self, what: RenderableType, *, only_log: bool = False) -> None:
         """Print to the terminal and, as plain text, into the log."""
-        if not only_log:
-            self.terminal.print(what, highlight=False, soft_wrap=isinstance(what, str))
+        plain = isinstance(what, str)  # brackets in it are brackets
         text = io.StringIO()
-        Console(file=text, width=LOG_WIDTH).print(what, highlight=False, soft_wrap=isinstance(what, str))
+        for console in (Console(file=text, width=LOG_WIDTH), *([] if only_log else [self.terminal])):
+            console.print(what, highlight=False, markup=not plain, soft_wrap=plain)
         with self.log.open("a", encoding="utf-8") as log:
             log.write(text.getvalue())
 
@@ -97,6 +99,12 @@ class ConsoleCallback(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, StoppedError | LostRankError):
+        return str(error)
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
 
 
 def _step(trainer: "Trainer") -> str:
