@@ -1,17 +1,23 @@
 """Saving and loading a run of at least a gigabyte: megamoe beside DeepSpeed's engine and torch.save.
 
-One rank, one engine (dense Transformer-XL, bf16 with fp32 masters at ZeRO-1, Adam), which every way saves and
-loads in turn, round by round. Dense, because DeepSpeed cannot save megamoe's experts.
+One engine (Transformer-XL, bf16 with fp32 masters at ZeRO-1, Adam) on the ranks of the launcher, which every
+way saves and loads in turn, round by round. It is dense unless --experts asks for expert-parallel layers, one
+part on each rank; those DeepSpeed cannot save, since it wants a module for each expert, and is left out.
 
 stall   seconds in which training cannot go on
 total   seconds until the files are on the disk: of the others fsync is counted too, which they leave out
 extra   peak of resident memory above what the process held before, MB
 
+Of several ranks the slowest, and the one that needs most, count.
+
     python benchmarks/checkpoint.py --output benchmarks/results/2026-11-22-checkpoint
+    torchrun --nproc-per-node 2 benchmarks/checkpoint.py
+    torchrun --nproc-per-node 2 benchmarks/checkpoint.py --experts 8 --layers 5
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -36,7 +42,8 @@ from megamoe.config import from_dict
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.engine import Engine
-from megamoe.parallel.launch import Launch, start
+from megamoe.parallel.launch import World, read_launch, start
+from megamoe.parallel.placement import global_shapes, saved_buffers
 
 VOCAB_SIZE = 256
 DS = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
@@ -46,18 +53,18 @@ Figures = dict[str, float]
 class Bench:
     """The engine, and each way of saving and loading it."""
 
-    def __init__(self, n_layers: int, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, world: World, n_layers: int, n_experts: int, folder: Path) -> None:
+        self.world, self.n_experts, self.folder = world, n_experts, folder
+        moe = {"layers": "all", "n_experts": n_experts, "d_expert": 1024, "ep_size": world.world_size}
         self.run = from_dict({
             "model": {
                 "n_layers": n_layers, "d_model": 1024, "n_heads": 16, "d_head": 64, "d_inner": 4096,
                 "segment_len": 4, "memory_len": 0,
             },
-            "moe": {"layers": "none"},
-            "training": {"batch_size": 1},
+            "moe": moe if n_experts else {"layers": "none"},
+            "training": {"batch_size": world.world_size},
         })  # fmt: skip
-        self.world = start(Launch())
-        ds = resolve_ds_config(self.run, DS, 1, Device.detect())
+        ds = resolve_ds_config(self.run, DS, world.world_size, Device.detect())
         self.engine = Engine(self.run, ds, self.world, VOCAB_SIZE)
         self.writers = {
             name: CheckpointWriter(self.world, background=name == "async") for name in ("async", "sync")
@@ -70,8 +77,10 @@ class Bench:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of fp32 weights and both moments."""
-        return 12 * sum(parameter.numel() for parameter in self.engine.model.parameters())
+        """Bytes of fp32 weights, both moments, and buffers."""
+        buffers = saved_buffers(self.engine.model).values()
+        numel = sum(map(math.prod, global_shapes(self.engine.model).values()))
+        return 12 * numel + sum(buffer.nbytes for buffer in buffers)
 
     def save_ours(self, name: str) -> Figures:
         """Stall is the copy, and the completion once the thread has written."""
@@ -95,11 +104,11 @@ class Bench:
         )
 
     def save_torch(self) -> Figures:
-        """`torch.save` of the weights and of the optimizer's masters and moments, then fsync."""
+        """`torch.save` of each rank's weights, and of its optimizer's masters and moments, then fsync."""
 
         def save() -> None:
-            (self.folder / "torch").mkdir()
-            torch.save(self._state(), self.folder / "torch" / "state.pt")
+            (self.folder / "torch").mkdir(exist_ok=True)
+            torch.save(self._state(), self.folder / "torch" / f"state-{self.world.rank}.pt")
 
         return self._timed(save)
 
@@ -120,8 +129,9 @@ class Bench:
     def load_torch(self) -> Figures:
         """`torch.load`, then into the model and the optimizer."""
         begin = time.perf_counter()
-        state = torch.load(self.folder / "torch" / "state.pt", weights_only=True)
-        self.engine.model.load_state_dict(state["model"])
+        path = self.folder / "torch" / f"state-{self.world.rank}.pt"
+        state = torch.load(path, weights_only=True)
+        self.engine.model.load_state_dict(state["model"], strict=self.world.is_main)
         self.engine.deepspeed.basic_optimizer.load_state_dict(state["optimizer"])
         for ours, saved in zip(self._masters(), state["masters"], strict=True):
             ours.data.copy_(saved)
@@ -129,7 +139,11 @@ class Bench:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": self.engine.model.state_dict(),
+            "model": {
+                name: values
+                for name, values in self.engine.model.state_dict().items()
+                if self.world.is_main or ".experts." in name  # the rest all ranks hold alike
+            },
             "optimizer": self.engine.deepspeed.basic_optimizer.state_dict(),
             "masters": self._masters(),
         }
@@ -141,21 +155,25 @@ class Bench:
         begin = time.perf_counter()
         save()
         stall = time.perf_counter() - begin
-        for path in self.folder.rglob("*"):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+        self.world.barrier()
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        for path in files[self.world.rank :: self.world.world_size]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         return {"stall": stall, "total": time.perf_counter() - begin}
 
 
-def measured(action: Callable[[], Figures]) -> Figures:
-    """`action`'s figures and the peak of memory it needs."""
+def measured(world: World, action: Callable[[], Figures]) -> Figures:
+    """`action`'s figures and the peak of memory it needs, of the rank where they are largest."""
     os.sync()
+    world.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # makes VmHWM what is held now
     before = _memory("VmRSS")
-    figures = action()
-    return figures | {"extra": (_memory("VmHWM") - before) / 1000}
+    figures = action() | {"extra": 0.0}
+    figures["extra"] = (_memory("VmHWM") - before) / 1000
+    ranks = world.gather_objects(figures)
+    return {name: max(rank[name] for rank in ranks) for name in figures}
 
 
 def _memory(field: str) -> int:
@@ -183,15 +201,18 @@ def compare(bench: Bench, rounds: int) -> dict[str, Any]:
         "deepspeed": bench.load_deepspeed,
         "torch": bench.load_torch,
     }
+    if bench.n_experts:
+        del saves["deepspeed"], loads["deepspeed"]
     saved: dict[str, list[Figures]] = {name: [] for name in saves}
     loaded: dict[str, list[Figures]] = {name: [] for name in loads}
     for _ in range(rounds + 1):
         for name, save in saves.items():
-            shutil.rmtree(bench.folder / name, ignore_errors=True)
-            saved[name].append(measured(save))
+            if bench.world.is_main:
+                shutil.rmtree(bench.folder / name, ignore_errors=True)
+            saved[name].append(measured(bench.world, save))
     for _ in range(rounds):
         for name, load in loads.items():
-            loaded[name].append(measured(load))
+            loaded[name].append(measured(bench.world, load))
     return {
         "save": {
             name: _medians(figures[1:])
@@ -216,7 +237,8 @@ REPORT = """\
 # Saving and loading a checkpoint
 
 {date}, `{command}`, {machine}.
-State: {state:.2f} GB of fp32 weights and Adam moments, one rank, medians of {rounds} interleaved rounds.
+State: {state:.2f} GB of fp32 weights, Adam moments and frozen buffers{layout}.
+Ranks: {ranks}. Medians of {rounds} interleaved rounds.
 
 | save | training stalls, s | stall of the first, s | until on disk, s | bytes / state | extra memory, MB |
 |---|---|---|---|---|---|
@@ -226,11 +248,11 @@ State: {state:.2f} GB of fp32 weights and Adam moments, one rank, medians of {ro
 |---|---|---|
 {loads}
 
-Training stalls for {share:.1%} of DeepSpeed's save. On disk means after fsync, which DeepSpeed and
-`torch.save` leave out and are timed with here. Loads come from the page cache. DeepSpeed and `torch.save`
-also write the bf16 weights; megamoe hashes what it writes, and compares hashes when it loads. `async_write`
-keeps a copy of the state in host memory: the first save allocates it, so that it is not among the extra
-memory of later ones. What megamoe needs to load are pages of the mapped files.
+{share}
+On disk means after fsync, which the others leave out and are timed with here. Loads come from the page
+cache. The others also write the bf16 weights; megamoe hashes what it writes, and compares hashes when it
+loads. `async_write` keeps a copy of the state in host memory: the first save allocates it, so that it is
+not among the extra memory of later ones. What megamoe needs to load are pages of the mapped files.
 """
 
 
@@ -243,10 +265,16 @@ def report(result: dict[str, Any]) -> str:
         for name, row in result["save"].items()
     ]
     loads = [f"| {name} | {row['total']:.2f} | {row['extra']:.0f} |" for name, row in result["load"].items()]
-    share = result["save"]["async"]["stall"] / result["save"]["deepspeed"]["stall"]
+    share = ""
+    if "deepspeed" in result["save"]:
+        part = result["save"]["async"]["stall"] / result["save"]["deepspeed"]["stall"]
+        share = f"Training stalls for {part:.1%} of DeepSpeed's save."
+    experts = result["experts"]
+    layout = f", {experts} experts a layer over all ranks" if experts else ""
     return REPORT.format(
-        **result, state=state / 1e9, saves="\n".join(saves), loads="\n".join(loads), share=share
-    )
+        **result, state=state / 1e9, saves="\n".join(saves), loads="\n".join(loads), share=share,
+        layout=layout,
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -260,17 +288,29 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, help="name of the .json and .md files to write")
+    parser.add_argument(
+        "--experts", type=int, default=0, help="experts of each layer, spread over all ranks (default: none)"
+    )
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        bench = Bench(args.layers, Path(folder))
+    world = start(read_launch())
+    folder = world.gather_objects(tempfile.mkdtemp(dir=args.folder) if world.is_main else "")[0]
+    try:
+        launcher = f"torchrun --nproc-per-node {world.world_size}" if world.world_size > 1 else "python"
+        bench = Bench(world, args.layers, args.experts, Path(folder))
         result = {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": f"{launcher} {shlex.join(sys.argv)}",
             "date": date.today().isoformat(),
             "machine": f"{os.cpu_count()} shared CPU cores ({platform.machine()}), torch {torch.__version__},"
             f" load average {os.getloadavg()[0]:.1f} at the start",
             "state_bytes": bench.n_bytes,
             "rounds": args.rounds,
+            "ranks": world.world_size,
+            "experts": args.experts,
         } | compare(bench, args.rounds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not world.is_main:
+        return 0
     print(report(result))
     if args.output:
         args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from megamoe.errors import MegaMoEError
 
 if TYPE_CHECKING:
-    from megamoe.convert.inspect import Difference, Row
+    from megamoe.convert.differences import Difference
+    from megamoe.convert.listing import Row
     from megamoe.convert.opening import Opened
 
 EXAMPLES = """\
@@ -76,7 +77,7 @@ def _open(path: Path) -> "Opened":
 
 
 def _show(args: argparse.Namespace) -> int:
-    from megamoe.convert.inspect import norm_of, tree
+    from megamoe.convert.listing import norm_of, tree
 
     opened = _open(args.path)
     rows = tree(opened.tensors, norm_of if args.norms else None)
@@ -99,7 +100,7 @@ def _line(row: "Row", width: int) -> str:
 
 
 def _verify(path: Path, as_json: bool) -> int:
-    from megamoe.convert.inspect import problems
+    from megamoe.convert.soundness import problems
 
     opened = _open(path)
     found = list(problems(opened))
@@ -121,7 +122,7 @@ def _unchecked(opened: "Opened") -> str:
 
 
 def _diff(a: Path, b: Path, as_json: bool) -> int:
-    from megamoe.convert.inspect import differences
+    from megamoe.convert.differences import differences
 
     first, second = _open(a), _open(b)
     found = list(differences(first.tensors, second.tensors))

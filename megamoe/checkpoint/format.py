@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-
+from megamoe.checkpoint.dtypes import DTYPES
 from megamoe.errors import CheckpointError
 
 FORMAT = "megamoe-checkpoint"
@@ -24,30 +23,12 @@ BEST = "best"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TRAINED = ("weight", *MOMENTS)
 KINDS = (*TRAINED, "buffer", "memory")
-# What the manifest calls a dtype, and what a safetensors header calls it.
-DTYPES = {
-    "float64": (torch.float64, "F64"),
-    "float32": (torch.float32, "F32"),
-    "float16": (torch.float16, "F16"),
-    "bfloat16": (torch.bfloat16, "BF16"),
-    "int64": (torch.int64, "I64"),
-    "int32": (torch.int32, "I32"),
-    "int16": (torch.int16, "I16"),
-    "int8": (torch.int8, "I8"),
-    "uint8": (torch.uint8, "U8"),
-    "bool": (torch.bool, "BOOL"),
-}
 _MOST_DIMENSIONS = 8
 _MOST_ELEMENTS = 1 << 62  # of a shape whose zeros are taken for ones; what an int64 can count
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 T = TypeVar("T")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The manifest's name of `dtype`: ``torch.float32`` is ``float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def step_folder(step: int) -> str:
@@ -68,8 +49,7 @@ def shard_file(rank: int, world_size: int) -> str:
     return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Elements start..stop of the row-major global tensor are the 1-D tensor `key` of shard `file`."""
 
     file: str
@@ -148,7 +128,7 @@ class Manifest:
         n_bytes = dict.fromkeys(self.files, 0)
         for _, _, entry in self.entries():
             for piece in entry.pieces:
-                n_bytes[piece.file] += (piece.stop - piece.start) * DTYPES[entry.dtype][0].itemsize
+                n_bytes[piece.file] += (piece.stop - piece.start) * DTYPES[entry.dtype].itemsize
         for name, needed in n_bytes.items():
             if needed > self.files[name].size:
                 raise CheckpointError(
@@ -256,12 +236,7 @@ def _parse_entries(kind: str, named: Any) -> dict[str, TensorEntry]:
 
 
 def _parse_piece(piece: Any, where: str) -> Piece:
-    kinds = (str, str, int, int)
-    if (
-        not isinstance(piece, list)
-        or len(piece) != len(kinds)
-        or not all(type(value) is kind for value, kind in zip(piece, kinds, strict=True))
-    ):
+    if not isinstance(piece, list) or [type(value) for value in piece] != [str, str, int, int]:
         raise CheckpointError(f"{MANIFEST}: {where}: piece {piece!r:.80} is not [file, key, start, stop]")
     return Piece(*piece)
 

@@ -8,7 +8,7 @@ import torch
 
 from megamoe.checkpoint.exported import ExportReader, is_export
 from megamoe.checkpoint.format import CONFIG
-from megamoe.checkpoint.matching import require_same_tensors
+from megamoe.checkpoint.matching import require_kind_of_number, require_same_tensors
 from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.tokenizers import Tokenizer
@@ -26,13 +26,14 @@ def load_model(path: str | Path, *, verify: bool = True) -> Any:
     Args:
         path: a run folder, whose newest checkpoint is taken; a ``step-*`` or ``best`` folder; or an exported
             folder.
-        verify: compare the files with their hashes first, so that no damaged number is loaded.
+        verify: compare the files with their hashes first, so that no damaged number is loaded; an export
+            whose hashes were removed is taken as it is.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is not what its manifest and config say.
     """
     if is_export(Path(path)):
-        return _load_export(ExportReader(Path(path)))
+        return _load_export(ExportReader(Path(path)), verify)
     reader = CheckpointReader(locate(path))
     if verify:
         reader.verify_files()
@@ -46,10 +47,14 @@ def load_model(path: str | Path, *, verify: bool = True) -> Any:
     return model.eval()
 
 
-def _load_export(reader: ExportReader) -> Backbone:
+def _load_export(reader: ExportReader, verify: bool) -> Backbone:
+    if verify:
+        reader.verify_files()
     model = _without_values(reader.config, reader.numel, reader.folder)
     empty = model.state_dict()
     reader.require_only(empty)
+    for name, values in empty.items():
+        require_kind_of_number(name, reader.describe(name)[1], values, reader.folder)
     model.load_state_dict(
         {name: reader.tensor(name, tuple(values.shape)).to(values.dtype) for name, values in empty.items()},
         assign=True,

@@ -1,12 +1,17 @@
 """Whether a checkpoint belongs to a model, and if not, the first thing that differs."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
 
-from torch import nn
+import torch
 
+from megamoe.checkpoint.dtypes import DTYPES, dtype_name
 from megamoe.checkpoint.reader import CheckpointReader
-from megamoe.config.schema import ModelConfig, MoEConfig
+from megamoe.config.schema import ModelConfig, MoEConfig, RouterConfig
 from megamoe.errors import CheckpointError
+from megamoe.models.transformer_xl import Backbone
+from megamoe.moe.routers import resolve_options
 from megamoe.parallel.placement import global_shapes, saved_buffers
 
 # Options that a model's weights depend on, even where the shapes do not tell. Others may change on the way:
@@ -34,21 +39,39 @@ def require_same_options(reader: CheckpointReader, model: ModelConfig, moe: MoEC
     saved = reader.config
     for (name, here), (_, there) in zip(_options(model, moe), _options(saved.model, saved.moe), strict=True):
         if here != there:
-            raise CheckpointError(
-                f"{name} = {here!r}: checkpoint {str(reader.folder)!r} was trained with {there!r};"
-                f" set {name}={_written(there)} or choose another checkpoint"
-            )
+            raise _other_option(reader, name, here, there)
 
 
-def require_same_tensors(reader: CheckpointReader, model: nn.Module) -> None:
+def require_kind_of_number(name: str, dtype: str, values: torch.Tensor, folder: Path) -> None:
+    """Refuse whole numbers in the place of `values` of a model that have fractions, and the reverse.
+
+    Raises:
+        CheckpointError: naming the tensor and its type.
+    """
+    if DTYPES[dtype].is_floating != values.is_floating_point():
+        raise CheckpointError(
+            f"{name}: {dtype} in checkpoint {str(folder)!r}, but the model has {dtype_name(values.dtype)}"
+        )
+
+
+def require_same_tensors(reader: CheckpointReader, model: Backbone) -> None:
     """Refuse a checkpoint that does not hold exactly the tensors of `model`.
 
     Raises:
-        CheckpointError: the first tensor that is missing, has another shape, or is unknown.
+        CheckpointError: the option of the router that differs; without such an option the first tensor that
+            is missing, has another shape, or is unknown.
     """
-    buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-    _require_same_shapes(reader, "weight", global_shapes(model))
-    _require_same_shapes(reader, "buffer", buffers)
+    buffers = saved_buffers(model)
+    try:
+        _require_same_shapes(reader, "weight", global_shapes(model))
+        _require_same_shapes(reader, "buffer", {name: tuple(b.shape) for name, b in buffers.items()})
+    except CheckpointError as error:
+        if differing := _differing_options(model.moe_config.router, reader.config.moe.router):
+            option, (here, there) = min(differing.items())
+            raise _other_option(reader, f"moe.router.{option}", here, there, f" ({error})") from None
+        raise
+    for name, buffer in buffers.items():
+        require_kind_of_number(name, reader.manifest.tensors["buffer"][name].dtype, buffer, reader.folder)
 
 
 def _options(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, object]]:
@@ -58,6 +81,21 @@ def _options(model: ModelConfig, moe: MoEConfig) -> Iterator[tuple[str, object]]
     yield "moe.router.name", moe.router.name
 
 
+def _differing_options(here: RouterConfig, there: RouterConfig) -> dict[str, tuple[object, object]]:
+    """Options of the policy by name, with both values. Most do not change its tensors, and may differ."""
+    ours, theirs = asdict(resolve_options(here)), asdict(resolve_options(there))
+    return {name: (ours[name], theirs.get(name)) for name in ours if ours[name] != theirs.get(name)}
+
+
+def _other_option(
+    reader: CheckpointReader, name: str, here: object, there: object, why: str = ""
+) -> CheckpointError:
+    return CheckpointError(
+        f"{name} = {here!r}: checkpoint {str(reader.folder)!r} was trained with {there!r};"
+        f" set {name}={_written(there)} or choose another checkpoint{why}"
+    )
+
+
 def _written(value: object) -> str:
     """`value` as it is written on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
@@ -65,14 +103,13 @@ def _written(value: object) -> str:
 
 def _require_same_shapes(reader: CheckpointReader, kind: str, shapes: Shapes) -> None:
     where = f"checkpoint {str(reader.folder)!r}"
-    remedy = "the options of the router must be those of the checkpoint"
     saved = set(reader.names(kind))
     for name, shape in shapes.items():
         if name not in saved:
-            raise CheckpointError(f"{name}: not in {where}, but the model has it; {remedy}")
+            raise CheckpointError(f"{name}: not in {where}, but the model has it")
         if shape != reader.shape(kind, name):
             raise CheckpointError(
-                f"{name}: {list(shape)} in the model, {list(reader.shape(kind, name))} in {where}; {remedy}"
+                f"{name}: {list(shape)} in the model, {list(reader.shape(kind, name))} in {where}"
             )
     if unknown := saved - set(shapes):
-        raise CheckpointError(f"{min(unknown)}: in {where}, but the model has no such {kind}; {remedy}")
+        raise CheckpointError(f"{min(unknown)}: in {where}, but the model has no such {kind}")

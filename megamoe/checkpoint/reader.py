@@ -4,15 +4,14 @@ import hashlib
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from megamoe.checkpoint.dtypes import DTYPES, empty
 from megamoe.checkpoint.folder import replaced
 from megamoe.checkpoint.format import (
     CONFIG,
-    DTYPES,
     MANIFEST,
     STATE,
     Manifest,
@@ -21,11 +20,17 @@ from megamoe.checkpoint.format import (
     parse_object,
     step_folders,
 )
+from megamoe.checkpoint.mapped_files import MappedFiles
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config import RunConfig, from_dict
 from megamoe.errors import CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run folder that holds its ``step-*`` folders."""
@@ -52,13 +57,24 @@ class CheckpointReader:
                 raise self._error(f"{name}: missing, or not a plain file; the checkpoint is torn")
             if path.stat().st_size != stored.size:
                 raise self._error(f"{name}: holds {path.stat().st_size} bytes, not {stored.size}; it is torn")
-        self._shards: dict[str, Any] = {}
+        self._shards = MappedFiles(folder)
 
     @cached_property
     def state(self) -> TrainingState:
         """State of the run that was saved."""
         try:
             return TrainingState.from_json(self._document(STATE))
+        except CheckpointError as error:
+            raise self._error(str(error)) from None
+
+    def schedule(self, cls: type[T]) -> T:
+        """State of the saved run's learning-rate schedule, which must be a `cls`, a dataclass.
+
+        Raises:
+            CheckpointError: the field and its value, if it is that of another schedule.
+        """
+        try:
+            return self.state.restore_schedule(cls)
         except CheckpointError as error:
             raise self._error(str(error)) from None
 
@@ -80,12 +96,12 @@ class CheckpointReader:
         """Shape of a global tensor."""
         return self._entry(kind, name).shape
 
-    def tensor(self, kind: str, name: str) -> torch.Tensor:
+    def tensor(self, kind: str, name: str) -> "torch.Tensor":
         """A whole global tensor."""
         entry = self._entry(kind, name)
         return self.read(kind, name, 0, entry.numel).view(entry.shape)
 
-    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, kind: str, name: str, start: int, stop: int) -> "torch.Tensor":
         """Elements start..stop of the row-major global tensor, 1-D; no others are read.
 
         Raises:
@@ -94,7 +110,7 @@ class CheckpointReader:
         entry = self._entry(kind, name)
         if not 0 <= start <= stop <= entry.numel:
             raise self._error(f"{kind} {name}: range {start}:{stop} is not within its {entry.numel} elements")
-        values = torch.empty(stop - start, dtype=DTYPES[entry.dtype][0])
+        values = empty([stop - start], entry.dtype)
         for piece in entry.pieces:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
@@ -102,9 +118,9 @@ class CheckpointReader:
                 values[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return values
 
-    def release(self) -> None:
-        """Close the shards, so that what was read of them no longer occupies memory; reading reopens them."""
-        self._shards.clear()
+    def release(self, n_bytes: int) -> None:
+        """Tell that `n_bytes` were read and are done with: shards do not occupy memory for long then."""
+        self._shards.release(n_bytes)
 
     def verify_files(self, part: int = 0, n_parts: int = 1) -> None:
         """Compare the bytes of every file with the hashes in the manifest.
@@ -148,13 +164,11 @@ class CheckpointReader:
     def _stored(self, entry: TensorEntry, piece: Piece) -> Any:
         """The piece in its shard, which can be sliced; checked against the manifest."""
         try:
-            if piece.file not in self._shards:
-                self._shards[piece.file] = safe_open(self.folder / piece.file, framework="pt")
-            stored = self._shards[piece.file].get_slice(piece.key)
+            stored = self._shards.slice(piece.file, piece.key)
         except (SafetensorError, OSError) as error:
             raise self._error(f"{piece.file}: {piece.key}: {error}") from None
         found = (stored.get_dtype(), stored.get_shape())
-        expected = (DTYPES[entry.dtype][1], [piece.stop - piece.start])
+        expected = (DTYPES[entry.dtype].code, [piece.stop - piece.start])
         if found != expected:
             raise self._error(f"{piece.file}: {piece.key} is {found}, the manifest says {expected}")
         return stored

@@ -1,5 +1,7 @@
 """Continue a saved run, on any number of ranks, at any expert-parallel size and ZeRO stage."""
 
+from dataclasses import asdict
+
 import torch
 
 from megamoe.checkpoint.collective import on_all_ranks
@@ -52,7 +54,7 @@ def restore_checkpoint(
     on_all_ranks(world, what, load)
     publish_weights(engine)
     if load_optimizer:
-        restore_counters(engine.deepspeed, reader.state.engine)
+        restore_counters(engine.deepspeed, asdict(reader.state.engine))
     return reader.state
 
 

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 
 import torch
 
-from megamoe.checkpoint.format import DTYPES, MANIFEST, Manifest, Piece, StoredFile, TensorEntry, dtype_name
+from megamoe.checkpoint.dtypes import DTYPES, dtype_name, torch_dtype
+from megamoe.checkpoint.format import MANIFEST, Manifest, Piece, StoredFile, TensorEntry
 from megamoe.errors import CheckpointError
 
 # Name, shape, type, and what gives the values.
-NamedTensor = tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
+NamedTensor = tuple[str, tuple[int, ...], str, Callable[[], torch.Tensor]]
 
 
 class Part(Protocol):
@@ -42,16 +43,16 @@ class Part(Protocol):
         """Element after the last."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """Type on disk; `stored_dtype` tells which."""
 
     def on_host(self) -> torch.Tensor:
         """The values in that type, 1-D and contiguous in host memory."""
 
 
-def stored_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+def stored_dtype(kind: str, dtype: str) -> str:
     """Type on disk of a tensor of `kind`: fp32 for weights and moments, whatever they are trained in."""
-    return dtype if kind in ("buffer", "memory") else torch.float32
+    return dtype if kind in ("buffer", "memory") else "float32"
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ class Slice:
         return self.start + self.values.numel()
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """Type on disk."""
-        return stored_dtype(self.kind, self.values.dtype)
+        return stored_dtype(self.kind, dtype_name(self.values.dtype))
 
     def on_host(self) -> torch.Tensor:
         """The values as they are written; copied only where they must be."""
-        return self.values.detach().to("cpu", self.dtype).contiguous()
+        return self.values.detach().to("cpu", torch_dtype(self.dtype)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Shard:
 def write_shard(path: Path, parts: Iterable[Part]) -> Shard:
     """Write `parts` to `path` and sync it. One part at a time is copied to host memory."""
     # Larger elements first keeps every part aligned to the size of its elements.
-    ordered = sorted(parts, key=lambda part: -part.dtype.itemsize)
+    ordered = sorted(parts, key=lambda part: -DTYPES[part.dtype].itemsize)
     file = write_file(path, _safetensors(ordered))
     return Shard(path.name, file, tuple(_entry(path.name, part) for part in ordered))
 
@@ -163,7 +164,7 @@ def _key(part: Part) -> str:
 def _entry(file: str, part: Part) -> tuple[str, str, TensorEntry]:
     # A tensor without elements has no piece.
     pieces = (Piece(file, _key(part), part.start, part.stop),) if part.stop > part.start else ()
-    return part.kind, part.name, TensorEntry(part.shape, dtype_name(part.dtype), pieces)
+    return part.kind, part.name, TensorEntry(part.shape, part.dtype, pieces)
 
 
 def _safetensors(parts: Sequence[Part]) -> Iterator[Any]:
@@ -182,9 +183,8 @@ def safetensors_file(tensors: Sequence[NamedTensor]) -> Iterator[Any]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype, _ in tensors:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        code = DTYPES[dtype_name(dtype)][1]
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": DTYPES[dtype].code, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")

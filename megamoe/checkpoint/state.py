@@ -9,9 +9,27 @@ from typing import Any, TypeVar
 
 from megamoe.checkpoint.format import STATE, parse_object
 from megamoe.errors import CheckpointError
-from megamoe.parallel.counters import EngineCounters
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCounters:
+    """What an engine has counted, independent of ranks and of the ZeRO stage.
+
+    Attributes:
+        global_steps: optimizer steps tried, skipped ones included.
+        global_samples: token streams seen.
+        skipped_steps: steps left out because gradients were not finite.
+        optimizer_step: updates done as Adam counts them, for bias correction.
+        loss_scaler: state of dynamic loss scaling; empty where the precision needs none.
+    """
+
+    global_steps: int = 0
+    global_samples: int = 0
+    skipped_steps: int = 0
+    optimizer_step: int = 0
+    loss_scaler: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +66,14 @@ class TrainingState:
             return json.dumps(asdict(self), indent=1, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{STATE}: cannot be written as JSON ({error})") from None
+
+    def restore_schedule(self, cls: type[T]) -> T:
+        """The learning-rate schedule of class `cls`, a dataclass, as it was saved.
+
+        Raises:
+            CheckpointError: the field and its value, if the state is not that of a `cls`.
+        """
+        return _build(cls, self.schedule, "schedule.")
 
     @classmethod
     def from_json(cls, text: str) -> "TrainingState":

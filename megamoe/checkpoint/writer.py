@@ -15,7 +15,7 @@ from megamoe.checkpoint.folder import clear_leftovers, publish, temporary
 from megamoe.checkpoint.format import CONFIG, STATE, shard_file
 from megamoe.checkpoint.shard import Shard, Slice, write_documents, write_shard
 from megamoe.checkpoint.staging import Staging
-from megamoe.checkpoint.state import TrainingState
+from megamoe.checkpoint.state import EngineCounters, TrainingState
 from megamoe.config.schema import RunConfig
 from megamoe.errors import CheckpointError
 from megamoe.parallel.counters import read_counters
@@ -82,7 +82,7 @@ class CheckpointWriter:
         slices: list[Slice] = []
 
         def start() -> None:
-            counted = replace(state, engine=read_counters(engine.deepspeed))
+            counted = replace(state, engine=EngineCounters(**read_counters(engine.deepspeed)))
             documents.update({CONFIG: json.dumps(run.to_dict(), indent=1), STATE: counted.to_json()})
             slices.extend([*_slices(engine), *memory])
             if self._staging is not None:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.format import DTYPES, dtype_name
 from megamoe.checkpoint.matching import require_same_options
 from megamoe.checkpoint.reader import CheckpointReader, locate
-from megamoe.convert.neutral import write_neutral
+from megamoe.checkpoint.state import EngineCounters
+from megamoe.convert.neutral_writer import write_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
 from megamoe.errors import CheckpointError
-from megamoe.parallel.counters import EngineCounters
 
 SUMMARY = (
     "Average the weights of several checkpoints, each counting the same: stochastic weight averaging as the"
@@ -82,28 +81,28 @@ def averaged(readers: Sequence[CheckpointReader]) -> list[LazyTensor]:
     ]
 
 
-def _entries(reader: CheckpointReader) -> dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]]:
+def _entries(reader: CheckpointReader) -> dict[tuple[str, str], tuple[tuple[int, ...], str]]:
     """Shape and type of weights and buffers, by kind and name."""
     return {
-        (kind, name): (entry.shape, DTYPES[entry.dtype][0])
+        (kind, name): (entry.shape, entry.dtype)
         for kind, name, entry in reader.manifest.entries()
         if kind in ("weight", "buffer")
     }
 
 
-def _described(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return f"{dtype_name(entry[1])} {list(entry[0])}" if entry else "missing"
+def _described(entry: tuple[tuple[int, ...], str] | None) -> str:
+    return f"{entry[1]} {list(entry[0])}" if entry else "missing"
 
 
 def _mean(readers: Sequence[CheckpointReader], name: str) -> torch.Tensor:
     """The running mean of the published program: m <- m + (w - m) / (n + 1)."""
     mean = readers[0].tensor("weight", name)
-    readers[0].release()
+    readers[0].release(mean.nbytes)
     for n, reader in enumerate(readers[1:], 1):
         for start in range(0, mean.numel(), _BLOCK):
             part = mean.view(-1)[start : start + _BLOCK]
             part += (reader.read("weight", name, start, start + len(part)) - part) / (n + 1)
-            reader.release()
+            reader.release(part.nbytes)
     return mean
 
 
@@ -113,5 +112,5 @@ def _equal(readers: Sequence[CheckpointReader], name: str) -> torch.Tensor:
         if not torch.equal(reader.tensor("buffer", name), values):
             paths = f"{str(readers[0].folder)!r} and {str(reader.folder)!r}"
             raise CheckpointError(f"{name}: differs in {paths}; they are of two runs")
-        reader.release()
+        reader.release(values.nbytes)
     return values

@@ -1,13 +1,13 @@
 """Exported models in another precision."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from megamoe.checkpoint.exported import BAKED, ExportReader, is_export
 from megamoe.convert.export import add_shard_size
-from megamoe.convert.exported import DTYPES, as_type, write_export
-from megamoe.convert.model_tensors import model_tensors
+from megamoe.convert.export_tensors import export_tensor
+from megamoe.convert.exported import PRECISIONS, as_type, write_export
+from megamoe.convert.model_tensors import model_tensors, require_tensors_of
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
 from megamoe.errors import CheckpointError
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("input", type=Path, metavar="IN", help="exported folder")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, required=True, help="type of the weights")
+    parser.add_argument("--dtype", choices=PRECISIONS, required=True, help="type of the weights")
     add_shard_size(parser)
 
 
@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
             f"{str(args.input)!r}: is no exported model; write one with export --dtype {args.dtype}"
         )
     reader = ExportReader(args.input)
-    tensors = as_type(tensors_of(reader), DTYPES[args.dtype])
+    reader.verify_files()
+    tensors = as_type(tensors_of(reader), PRECISIONS[args.dtype])
     shown = progress(total_bytes(tensors), f"writing {args.output}")
     write_export(
         args.output, tensors, reader.config, reader.state, shard_size=args.shard_size, progress=shown
@@ -53,8 +54,8 @@ def tensors_of(reader: ExportReader) -> list[LazyTensor]:
     """
     expected = model_tensors(reader.config)
     reader.require_only(expected)
-    baked = {name: ("buffer", reader.describe(name)[0]) for name in reader.files if BAKED.fullmatch(name)}
-    return [
-        LazyTensor(kind, name, shape, reader.describe(name)[1], partial(reader.tensor, name, shape))
-        for name, (kind, shape) in (baked | expected).items()
-    ]
+    baked = dict.fromkeys(filter(BAKED.fullmatch, reader.files), "buffer")
+    kinds = baked | {name: tensor.kind for name, tensor in expected.items()}
+    tensors = [export_tensor(reader, kind, name) for name, kind in kinds.items()]
+    require_tensors_of(reader.config, (tensor for tensor in tensors if tensor.name in expected))
+    return tensors

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megamoe.config.schema import RunConfig
-from megamoe.convert.exported import DTYPES, as_type, parse_size, write_export
+from megamoe.convert.exported import PRECISIONS, as_type, parse_size, write_export
 from megamoe.convert.neutral import open_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=PRECISIONS,
         default="fp32",
         help="type of the weights; routers stay fp32, so that choices do not change (default: %(default)s)",
     )
@@ -54,7 +54,7 @@ def add_shard_size(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert."""
     tensors, config, state = open_neutral(args.input)
-    exported = as_type(exported_tensors(tensors, config), DTYPES[args.dtype])
+    exported = as_type(exported_tensors(tensors, config), PRECISIONS[args.dtype])
     shown = progress(total_bytes(exported), f"writing {args.output}")
     write_export(args.output, exported, config, state, shard_size=args.shard_size, progress=shown)
     print(f"{args.output}: {total_bytes(exported):,} bytes of tensors; megamoe.load_model reads it too")
@@ -79,7 +79,7 @@ def generated_routers(tensors: list[LazyTensor], config: RunConfig) -> Iterator[
         sources = {name: by_name[f"{prefix}.{name}"] for name in router.state_dict()}
         for index, (leaf, shape) in enumerate({"weight": (E, D), "bias": (E,)}.items()):
             load = partial(_generate, config, layer, sources, index)
-            yield LazyTensor("buffer", f"{prefix}.{leaf}", shape, torch.float32, load)
+            yield LazyTensor("buffer", f"{prefix}.{leaf}", shape, "float32", load)
 
 
 def _generate(config: RunConfig, layer: int, sources: Mapping[str, LazyTensor], index: int) -> torch.Tensor:

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 from megamoe import __version__
-from megamoe.checkpoint.exported import CARD, INDEX, MODEL, MODEL_TYPE, TOKENIZER
-from megamoe.checkpoint.format import CONFIG, dtype_name
+from megamoe.checkpoint.dtypes import DTYPES, torch_dtype
+from megamoe.checkpoint.exported import CARD, INDEX, MODEL, MODEL_TYPE, SUMS, TOKENIZER
+from megamoe.checkpoint.format import CONFIG
 from megamoe.checkpoint.shard import safetensors_file, write_file
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config.schema import RunConfig
 from megamoe.convert.model_card import model_card
-from megamoe.convert.neutral import new_folder
+from megamoe.convert.neutral_writer import new_folder
 from megamoe.convert.progress import Progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
 from megamoe.errors import CheckpointError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Names of types by what they are called on the command line."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -35,23 +37,21 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def as_type(tensors: Iterable[LazyTensor], dtype: torch.dtype) -> list[LazyTensor]:
+def as_type(tensors: Iterable[LazyTensor], dtype: str) -> list[LazyTensor]:
     """The tensors with floating weights in `dtype`. What belongs to a router keeps its type."""
     return [
         tensor
-        if not tensor.dtype.is_floating_point or tensor.dtype == dtype or ".moe.router." in tensor.name
+        if not DTYPES[tensor.dtype].is_floating or tensor.dtype == dtype or ".moe.router." in tensor.name
         else replace(tensor, dtype=dtype, load=partial(_cast, tensor, dtype))
         for tensor in tensors
     ]
 
 
-def _cast(tensor: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
+def _cast(tensor: LazyTensor, dtype: str) -> torch.Tensor:
     values = tensor.checked()
-    result = values.to(dtype)
+    result = values.to(torch_dtype(dtype))
     if _is_finite(values) and not _is_finite(result):
-        raise CheckpointError(
-            f"{tensor.name}: holds numbers beyond the range of {dtype_name(dtype)}; give bf16"
-        )
+        raise CheckpointError(f"{tensor.name}: holds numbers beyond the range of {dtype}; give bf16")
     return result
 
 
@@ -91,13 +91,17 @@ def write_export(
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, members in shards.items() for tensor in members}
         documents[INDEX] = _json({"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map})
+    written = {}
     with new_folder(folder) as unfinished:
         for name, members in shards.items():
-            ordered = sorted(members, key=lambda tensor: -tensor.dtype.itemsize)
+            ordered = sorted(members, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
             named = [(t.name, t.shape, t.dtype, _loader(t, progress)) for t in ordered]
-            write_file(unfinished / name, safetensors_file(named))
+            written[name] = write_file(unfinished / name, safetensors_file(named))
         for name, text in documents.items():
-            write_file(unfinished / name, [text.encode()])
+            written[name] = write_file(unfinished / name, [text.encode()])
+        del written[CARD]  # people edit it
+        sums = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(written.items()))
+        write_file(unfinished / SUMS, [sums.encode()])
 
 
 def _shards(tensors: Sequence[LazyTensor], shard_size: int) -> dict[str, list[LazyTensor]]:
@@ -129,7 +133,8 @@ def _description(tensors: Sequence[LazyTensor], config: RunConfig, state: Traini
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["TransformerXL"],
-        "torch_dtype": dtype_name(embedding.dtype),
+        "torch_dtype": embedding.dtype,
+        "buffers": sorted(tensor.name for tensor in tensors if tensor.kind == "buffer"),
         "megamoe_version": __version__,
         "config": config.to_dict(),
         "state": values,

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from megamoe.checkpoint.dtypes import dtype_name
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config.schema import RouterConfig, RunConfig, TopKScheduleConfig
 from megamoe.convert.tensors import LazyTensor
@@ -111,7 +112,9 @@ def router_tensors(config: RunConfig, layer: int, rows_each: int = 1) -> Iterato
     for name, empty in router.state_dict().items():
         kind = "weight" if name in trained else "buffer"
         shape = (empty.shape[0] * rows_each, *empty.shape[1:])
-        yield LazyTensor(kind, f"layers.{layer}.moe.router.{name}", shape, empty.dtype, partial(values, name))
+        yield LazyTensor(
+            kind, f"layers.{layer}.moe.router.{name}", shape, dtype_name(empty.dtype), partial(values, name)
+        )
 
 
 def require_equal_parts(config: RunConfig, n_parts: int, option: str) -> int:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.state import TrainingState
+from megamoe.checkpoint.format import MOMENTS
+from megamoe.checkpoint.state import EngineCounters, TrainingState
 from megamoe.config.schema import RunConfig
-from megamoe.convert.model_tensors import MOMENTS, model_tensors, require_tensors_of
-from megamoe.convert.neutral import write_neutral
+from megamoe.convert.model_tensors import model_tensors, require_tensors_of
+from megamoe.convert.neutral_writer import write_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.published import PublishedModel, read_published
 from megamoe.convert.published_config import run_config
@@ -20,7 +21,6 @@ from megamoe.convert.tensors import LazyTensor, lazy, total_bytes
 from megamoe.convert.torch_file import StoredTensor
 from megamoe.errors import CheckpointError
 from megamoe.models.reference_names import aliases, check_tied, is_router_embedding, our_names
-from megamoe.parallel.counters import EngineCounters
 
 SUMMARY = (
     "Read model.pt, and optimizer.pt if given, of the published HyperRouter and SMoE-Dropout program. Nothing"
@@ -65,6 +65,18 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
+def open_published(path: Path) -> tuple[list[LazyTensor], RunConfig]:
+    """The tensors of a published model and its config, as far as the file tells.
+
+    Raises:
+        CheckpointError: it is no such file, or its tensors are not those of a model.
+        ConfigError: what it says of the model does not fit together.
+    """
+    published = read_published(path)
+    config = run_config(published)
+    return list(neutral_tensors(published, config)), config
+
+
 def convert(
     published: PublishedModel, args: argparse.Namespace, optimizer: PublishedOptimizer | None = None
 ) -> int:
@@ -100,7 +112,7 @@ def neutral_tensors(
     kinds = model_tensors(config)
     trained = {}
     for name, ours in our_names(published.tensors, config.model).items():
-        kind, _ = kinds.get(ours, ("weight", ()))
+        kind = kinds[ours].kind if ours in kinds else "weight"
         yield as_ours(kind, ours, published.tensors[name])
         if kind == "weight" and (published.tensors[name].requires_grad or not published.modules):
             trained[name] = ours

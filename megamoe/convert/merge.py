@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 
+from megamoe.checkpoint.dtypes import torch_dtype
 from megamoe.config.schema import RunConfig
 from megamoe.convert.feed_forwards import SOFTMAX_ROUTERS, model_tensors, new_run
-from megamoe.convert.neutral import open_neutral, write_neutral
+from megamoe.convert.neutral import open_neutral
+from megamoe.convert.neutral_writer import write_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
 from megamoe.errors import CheckpointError
@@ -112,7 +114,7 @@ def merge(tensors: Iterable[LazyTensor], mixture: RunConfig, how: str) -> Iterat
 
 def _mean(stacked: LazyTensor) -> torch.Tensor:
     """In double, so that the mean of equal experts is that expert."""
-    return stacked.checked().mean(0, dtype=torch.float64).to(stacked.dtype)
+    return stacked.checked().mean(0, dtype=torch.float64).to(torch_dtype(stacked.dtype))
 
 
 def _concat(stacked: LazyTensor, leaf: str, top_k: int | None) -> torch.Tensor:

@@ -1,20 +1,29 @@
 """Which tensors the model of a config has."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
+from megamoe.checkpoint.dtypes import DTYPES
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.config.schema import RunConfig
 from megamoe.convert.tensors import LazyTensor
 from megamoe.errors import CheckpointError
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.parallel.placement import saved_buffers
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+class ModelTensor(NamedTuple):
+    """A tensor that a model has: weight or buffer, its shape, and whether its numbers have fractions."""
+
+    kind: str
+    shape: tuple[int, ...]
+    is_floating: bool
 
 
-def model_tensors(config: RunConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """By name, the kind (weight or buffer) and shape of each tensor of the model. Allocates none of them.
+def model_tensors(config: RunConfig) -> dict[str, ModelTensor]:
+    """The tensors of the model by name. Allocates none of them.
 
     Raises:
         CheckpointError: no model can be so large.
@@ -25,26 +34,35 @@ def model_tensors(config: RunConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
             model = TransformerXL(config.model, config.moe, seed=config.training.seed)
     except (RuntimeError, OverflowError) as error:
         raise CheckpointError(f"model: cannot be built ({str(error)[:80]})") from None
-    tensors = {name: ("weight", tuple(p.shape)) for name, p in model.named_parameters()}
-    return tensors | {name: ("buffer", tuple(b.shape)) for name, b in saved_buffers(model).items()}
+    tensors: dict[str, tuple[str, torch.Tensor]] = {
+        name: ("weight", p) for name, p in model.named_parameters()
+    }
+    tensors |= {name: ("buffer", b) for name, b in saved_buffers(model).items()}
+    return {
+        name: ModelTensor(kind, tuple(empty.shape), empty.is_floating_point())
+        for name, (kind, empty) in tensors.items()
+    }
 
 
 def require_tensors_of(config: RunConfig, tensors: Iterable[LazyTensor]) -> None:
     """Refuse tensors that are not exactly those of the model: weights and buffers, and moments of weights.
 
     Raises:
-        CheckpointError: the first that is missing, unknown, or of another shape.
+        CheckpointError: the first that is missing, unknown, of another shape, or of whole numbers where the
+            model has others.
     """
-    expected = {(kind, name): shape for name, (kind, shape) in model_tensors(config).items()}
+    expected = {(found.kind, name): found for name, found in model_tensors(config).items()}
     missing = set(expected)
     for tensor in tensors:
         kind = "weight" if tensor.kind in MOMENTS else tensor.kind
-        shape = expected.get((kind, tensor.name))
-        if shape != tensor.shape:
-            what = "no such tensor" if shape is None else f"shape {list(shape)}"
+        wanted = expected.get((kind, tensor.name))
+        if wanted is None or wanted.shape != tensor.shape:
+            what = "no such tensor" if wanted is None else f"shape {list(wanted.shape)}"
             raise CheckpointError(
                 f"{tensor.kind} {tensor.name}: shape {list(tensor.shape)}, but the config's model has {what}"
             )
+        if wanted.is_floating != DTYPES[tensor.dtype].is_floating:
+            raise CheckpointError(f"{tensor.kind} {tensor.name}: {tensor.dtype} is no type for it")
         missing.discard((tensor.kind, tensor.name))
     if missing:
         raise CheckpointError(f"{' '.join(min(missing))}: missing, but the config's model has it")

@@ -14,6 +14,8 @@ import re
 LATEST = "latest"
 """File that names the newest tag, which is the folder with the files."""
 MODEL_FILE = "mp_rank_00_model_states.pt"
+PARTITIONED_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+"""What rank 0 writes instead at ZeRO stage 3."""
 OURS = "megamoe"
 """Key in the model file under which `to-deepspeed` puts config, state and memory."""
 

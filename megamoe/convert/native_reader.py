@@ -5,19 +5,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megamoe.convert.native import (
     LATEST,
     MODEL_FILE,
+    PARTITIONED_FILE,
     expert_file,
     parse_expert,
     parse_expert_file,
 )
 from megamoe.convert.torch_file import StoredTensor, TorchFile
 from megamoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 MODULES = (
     "deepspeed.utils.tensor_fragment", "deepspeed.runtime.fp16.loss_scaler", "deepspeed.runtime.zero.config",
@@ -31,8 +33,8 @@ class StoredWeight:
     """A tensor of a model file; nothing is kept open for it."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
+    dtype: str
+    load: "Callable[[], torch.Tensor]"
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,16 @@ def find_tag(path: Path) -> Path:
         CheckpointError: there is none.
     """
     latest = path / LATEST
-    if not (path / MODEL_FILE).exists() and latest.is_file():
+    if latest.is_file() and not (path / MODEL_FILE).exists():
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"\w[\w.-]*", tag):
             raise CheckpointError(f"{str(latest)!r}: {tag[:40]!r} is not the name of a folder beside it")
         path = path / tag
+    if (path / PARTITIONED_FILE).is_file():
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: was saved at ZeRO stage 3, which cuts weights up and which DeepSpeed"
+            " refuses for native MoE layers; save at stage 0 to 2"
+        )
     if not (path / MODEL_FILE).is_file():
         raise CheckpointError(
             f"checkpoint {str(path)!r}: has no {MODEL_FILE}; give what DeepSpeed saved at ZeRO stage 0 to 2"
@@ -155,7 +162,7 @@ def _expert_tensors(path: Path, expert: int) -> dict[tuple[str, str], StoredWeig
     return tensors
 
 
-def _load_expert_tensor(path: Path, name: str) -> torch.Tensor:
+def _load_expert_tensor(path: Path, name: str) -> "torch.Tensor":
     return structure_of(path)[name].load()
 
 

@@ -1,23 +1,16 @@
-"""Neutral checkpoints as streams of tensors."""
+"""Read neutral checkpoints as streams of tensors."""
 
-import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from megamoe.checkpoint.folder import publish, temporary
-from megamoe.checkpoint.format import CONFIG, DTYPES, STATE, shard_file
 from megamoe.checkpoint.reader import CheckpointReader, locate
-from megamoe.checkpoint.shard import stored_dtype, write_documents, write_shard
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config.schema import RunConfig
-from megamoe.convert.progress import Progress
 from megamoe.convert.tensors import LazyTensor
-from megamoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def open_neutral(
@@ -37,100 +30,16 @@ def open_neutral(
     if verify:
         reader.verify_files()
     tensors = [
-        LazyTensor(kind, name, entry.shape, DTYPES[entry.dtype][0], _loader(reader, kind, name))
+        LazyTensor(kind, name, entry.shape, entry.dtype, _loader(reader, kind, name))
         for kind, name, entry in sorted(reader.manifest.entries())
     ]
     return tensors, reader.config, reader.state
 
 
-def write_neutral(
-    folder: Path,
-    tensors: Iterable[LazyTensor],
-    config: RunConfig,
-    state: TrainingState,
-    *,
-    progress: Progress | None = None,
-) -> None:
-    """Write a neutral checkpoint of one shard; one tensor at a time is in memory.
-
-    Args:
-        folder: where; it must not exist yet.
-        tensors: every tensor once.
-        config: the run's config, the vocabulary size resolved.
-        state: of the run.
-        progress: told the bytes of every tensor that was loaded.
-
-    Raises:
-        CheckpointError: the folder exists, a tensor comes twice, or the disk refuses. Nothing is left then.
-    """
-    parts = [_WholeTensor(tensor, progress) for tensor in tensors]
-    documents = {CONFIG: json.dumps(config.to_dict(), indent=1), STATE: state.to_json()}
-    with new_folder(folder) as unfinished:
-        shard = write_shard(unfinished / shard_file(0, 1), parts)
-        write_documents(unfinished, documents, [shard])
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill under another name; it becomes `folder` at the end, or is removed on failure.
-
-    Raises:
-        CheckpointError: `folder` exists, or the disk refuses.
-    """
-    if folder.exists():
-        raise CheckpointError(f"output {str(folder)!r}: exists; remove it or choose another name")
-    unfinished = temporary(folder)
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        publish(folder)
-    except OSError as error:
-        raise CheckpointError(f"output {str(folder)!r}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _WholeTensor:
-    """A `megamoe.checkpoint.shard.Part` that is the whole of a `LazyTensor`."""
-
-    tensor: LazyTensor
-    progress: Progress | None
-
-    start = 0
-
-    @property
-    def kind(self) -> str:
-        return self.tensor.kind
-
-    @property
-    def name(self) -> str:
-        return self.tensor.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def stop(self) -> int:
-        return self.tensor.numel
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return stored_dtype(self.kind, self.tensor.dtype)
-
-    def on_host(self) -> torch.Tensor:
-        values = self.tensor.checked().detach().to("cpu", self.dtype).contiguous().view(-1)
-        if self.progress:
-            self.progress(self.tensor.n_bytes)
-        return values
-
-
-def _loader(reader: CheckpointReader, kind: str, name: str) -> Callable[[], torch.Tensor]:
-    def load() -> torch.Tensor:
+def _loader(reader: CheckpointReader, kind: str, name: str) -> "Callable[[], torch.Tensor]":
+    def load() -> "torch.Tensor":
         values = reader.tensor(kind, name)
-        reader.release()
+        reader.release(values.nbytes)
         return values
 
     return load

@@ -2,21 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megamoe.checkpoint.exported import ExportReader, is_export
 from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.config.schema import RunConfig
-from megamoe.convert import from_deepspeed, from_reference
-from megamoe.convert.model_tensors import model_tensors
+from megamoe.convert.export_tensors import export_tensor
 from megamoe.convert.native import LATEST, MODEL_FILE
 from megamoe.convert.native_reader import read_model
+from megamoe.convert.native_tensors import neutral_tensors, read_config, read_optimizer
 from megamoe.convert.neutral import open_neutral
-from megamoe.convert.published import read_published
-from megamoe.convert.published_config import run_config
 from megamoe.convert.tensors import LazyTensor
-from megamoe.convert.zero_shards import read_shards
 from megamoe.errors import CheckpointError
 
 PUBLISHED_FILE = "model.pt"
@@ -65,29 +61,28 @@ def open_any(path: Path) -> Opened:
 
 
 def _open_published(path: Path) -> Opened:
-    published = read_published(path)
-    config = run_config(published)
-    tensors = list(from_reference.neutral_tensors(published, config))
+    # Which of its tensors are trained is known to the model they belong to, and models are made of torch.
+    from megamoe.convert.from_reference import open_published
+
+    tensors, config = open_published(path)
     return Opened(path, "published model", tensors, config)
 
 
 def _open_export(path: Path) -> Opened:
     reader = ExportReader(path)
-    kinds = model_tensors(reader.config)
-    tensors = []
-    for name in sorted(reader.files):
-        shape, dtype = reader.describe(name)
-        kind, _ = kinds.get(name, ("weight", ()))
-        tensors.append(LazyTensor(kind, name, shape, dtype, partial(reader.tensor, name, shape)))
-    return Opened(path, "exported model", tensors, reader.config)
+    tensors = [
+        export_tensor(reader, "buffer" if name in reader.buffers else "weight", name)
+        for name in sorted(reader.files)
+    ]
+    verify_files = reader.verify_files if reader.sums else None
+    return Opened(path, "exported model", tensors, reader.config, verify_files)
 
 
 def _open_native(path: Path) -> Opened:
     model = read_model(path)
-    shards = read_shards(model.folder, from_deepspeed.world_size_of(model), model.n_experts)
+    shards = read_optimizer(model)
     try:
-        config = from_deepspeed.read_config(model, None)
+        config = read_config(model, None)
     except CheckpointError:
         config = None
-    tensors = list(from_deepspeed.neutral_tensors(model, shards))
-    return Opened(model.folder, "DeepSpeed checkpoint", tensors, config)
+    return Opened(model.folder, "DeepSpeed checkpoint", list(neutral_tensors(model, shards)), config)

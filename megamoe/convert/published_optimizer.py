@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe.convert.model_tensors import MOMENTS
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.convert.torch_file import StoredTensor, TorchFile
 from megamoe.errors import CheckpointError
 from megamoe.models.reference_names import optimizer_order

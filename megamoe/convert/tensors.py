@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
+from megamoe.checkpoint.dtypes import DTYPES, dtype_name
 from megamoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -17,15 +20,15 @@ class LazyTensor:
         kind: one of `megamoe.checkpoint.format.KINDS`.
         name: global name, the path in the model.
         shape: shape of the whole tensor.
-        dtype: what `load` gives.
+        dtype: name of the type that `load` gives.
         load: reads or computes the whole tensor, in host memory. Nothing keeps the result.
     """
 
     kind: str
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
+    dtype: str
+    load: "Callable[[], torch.Tensor]"
 
     @property
     def numel(self) -> int:
@@ -35,26 +38,27 @@ class LazyTensor:
     @property
     def n_bytes(self) -> int:
         """Bytes that `load` gives."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * DTYPES[self.dtype].itemsize
 
-    def checked(self) -> torch.Tensor:
+    def checked(self) -> "torch.Tensor":
         """What `load` gives.
 
         Raises:
             CheckpointError: it is not of the promised shape and dtype.
         """
         values = self.load()
-        if tuple(values.shape) != self.shape or values.dtype != self.dtype:
+        dtype = dtype_name(values.dtype)
+        if tuple(values.shape) != self.shape or dtype != self.dtype:
             raise CheckpointError(
-                f"{self.kind} {self.name}: {values.dtype} {list(values.shape)} was read,"
+                f"{self.kind} {self.name}: {dtype} {list(values.shape)} was read,"
                 f" {self.dtype} {list(self.shape)} expected"
             )
         return values
 
 
-def lazy(kind: str, name: str, values: torch.Tensor) -> LazyTensor:
+def lazy(kind: str, name: str, values: "torch.Tensor") -> LazyTensor:
     """A tensor that exists already, for small ones."""
-    return LazyTensor(kind, name, tuple(values.shape), values.dtype, lambda: values)
+    return LazyTensor(kind, name, tuple(values.shape), dtype_name(values.dtype), lambda: values)
 
 
 def total_bytes(tensors: Iterable[LazyTensor]) -> int:

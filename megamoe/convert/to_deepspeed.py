@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from megamoe.checkpoint.format import DTYPES
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.config.schema import OptimizerConfig
-from megamoe.convert.model_tensors import MOMENTS, model_tensors
+from megamoe.convert.exported import PRECISIONS
+from megamoe.convert.model_tensors import model_tensors
 from megamoe.convert.native import (
     LATEST,
     MODEL_FILE,
@@ -24,7 +25,7 @@ from megamoe.convert.native import (
     native_name,
     shard_file,
 )
-from megamoe.convert.neutral import new_folder
+from megamoe.convert.neutral_writer import new_folder
 from megamoe.convert.progress import Progress, progress
 from megamoe.convert.torch_writer import NewTensor, write_torch_file
 from megamoe.convert.zero_partitions import Partition, Shapes, groups_of_rank
@@ -42,7 +43,6 @@ EXAMPLES = """\
   convert_checkpoint.py to-deepspeed runs/moe native --precision bf16
   convert_checkpoint.py to-deepspeed runs/moe native --precision bf16 --world-size 8 --ep-size 4
 """
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TAG = "converted"
 _EXPERTS = ".moe.experts."
 
@@ -99,13 +99,13 @@ class NativeWriter:
     """
 
     def __init__(
-        self, reader: CheckpointReader, dtype: torch.dtype, world_size: int | None, ep_size: int | None
+        self, reader: CheckpointReader, dtype: str, world_size: int | None, ep_size: int | None
     ) -> None:
         self.reader, self.dtype = reader, dtype
         self.moe = reader.config.moe
         kinds = model_tensors(reader.config)
-        self.trained: Shapes = {name: shape for name, (kind, shape) in kinds.items() if kind == "weight"}
-        self.buffers: Shapes = {name: shape for name, (kind, shape) in kinds.items() if kind == "buffer"}
+        self.trained: Shapes = {name: t.shape for name, t in kinds.items() if t.kind == "weight"}
+        self.buffers: Shapes = {name: t.shape for name, t in kinds.items() if t.kind == "buffer"}
         self.world_size, self.ep_size = world_size, ep_size or 1
         _check_sizes(world_size, ep_size, self.moe.n_experts)
         kinds_needed = ("weight", *MOMENTS) if world_size else ("weight",)
@@ -134,7 +134,7 @@ class NativeWriter:
                     content = self._expert(f"layers.{layer}.moe", expert)
                     write_torch_file(folder / expert_file(index, expert), content)
             for rank in range(self.world_size or 0):
-                name = shard_file(rank, bf16=self.dtype == torch.bfloat16)
+                name = shard_file(rank, bf16=self.dtype == "bfloat16")
                 write_torch_file(folder / name, self._shard(rank))
             (unfinished / LATEST).write_text(tag)
 
@@ -232,16 +232,16 @@ class NativeWriter:
                 yield from self._read(kind, part.name, part.origin, part.numel)
             yield torch.zeros(size - group.size + group.padding)
 
-        return NewTensor((size,), torch.float32, parts)
+        return NewTensor((size,), "float32", parts)
 
-    def _whole(self, kind: str, name: str, dtype: torch.dtype | None) -> NewTensor:
+    def _whole(self, kind: str, name: str, dtype: str | None) -> NewTensor:
         shape = self.reader.shape(kind, name)
-        dtype = dtype or DTYPES[self.reader.manifest.tensors[kind][name].dtype][0]
+        dtype = dtype or self.reader.manifest.tensors[kind][name].dtype
         return NewTensor(shape, dtype, partial(self._read, kind, name, 0, math.prod(shape)))
 
     def _read(self, kind: str, name: str, start: int, numel: int) -> Iterator[torch.Tensor]:
         values = self.reader.read(kind, name, start, start + numel)
-        self.reader.release()
+        self.reader.release(values.nbytes)
         yield values
         if self._shown and kind in ("weight", *MOMENTS):
             self._shown(numel * 4)
@@ -273,4 +273,4 @@ def _adam_group(settings: OptimizerConfig) -> dict[str, Any]:
 
 
 def _number(value: float) -> NewTensor:
-    return NewTensor((), torch.float32, lambda: [torch.tensor([value])])
+    return NewTensor((), "float32", lambda: [torch.tensor([value])])

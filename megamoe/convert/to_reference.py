@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config.schema import ModelConfig, OptimizerConfig
-from megamoe.convert.model_tensors import MOMENTS
-from megamoe.convert.neutral import new_folder, open_neutral
+from megamoe.convert.neutral import open_neutral
+from megamoe.convert.neutral_writer import new_folder
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, lazy, total_bytes
 from megamoe.convert.torch_writer import write_torch_file

@@ -1,31 +1,36 @@
 """Read files of torch.save: their structure at once, their tensors when asked, never their code."""
 
 import math
+import operator
 import os
 import struct
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
-
+from megamoe.checkpoint.dtypes import DTYPES, empty, torch_dtype
 from megamoe.convert.pickles import LARGEST_PICKLE, Name, Vocabulary, unpickle
 from megamoe.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
 STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
 }
+_STRUCTS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i"}
 _BLOCK = 1 << 22
 _MOST_DIMENSIONS = 16
 _LARGEST_SIZE = 1 << 48
@@ -41,7 +46,7 @@ class StoredTensor:
 
     Attributes:
         storage: name of its numbers in the file.
-        dtype: of its numbers.
+        dtype: name of their type.
         offset: first of them, counted in numbers.
         shape: its shape.
         stride: distance of neighbours along each axis, in numbers.
@@ -50,14 +55,28 @@ class StoredTensor:
     """
 
     storage: str
-    dtype: torch.dtype
+    dtype: str
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     requires_grad: bool = field(compare=False)
     file: "TorchFile"
 
-    def load(self) -> torch.Tensor:
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its numbers follow each other in row-major order."""
+        expected = accumulate(self.shape[:0:-1], operator.mul, initial=1)
+        return all(
+            n == 1 or step == wanted
+            for n, step, wanted in zip(self.shape[::-1], self.stride[::-1], expected, strict=False)
+        )
+
+    def load(self) -> "torch.Tensor":
         """The tensor, contiguous."""
         extent = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)) + 1
         numbers = self.file.read(self.storage, self.dtype, self.offset, extent if 0 not in self.shape else 0)
@@ -78,6 +97,8 @@ class TorchFile:
     def __init__(self, path: Path, modules: Collection[str] = ()) -> None:
         self.path = path
         self._modules = modules
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise self._error("is not a plain file")
         try:
             self._zip = zipfile.ZipFile(path)
         except _DAMAGE as error:
@@ -119,15 +140,32 @@ class TorchFile:
         except CheckpointError as error:
             raise self._error(str(error)) from None
 
-    def read(self, storage: str, dtype: torch.dtype, start: int, count: int) -> torch.Tensor:
+    def read(self, storage: str, dtype: str, start: int, count: int) -> "torch.Tensor":
         """`count` numbers of a storage from number `start` on, 1-D.
 
         Raises:
             CheckpointError: the storage's checksum is wrong, or the file has become shorter.
         """
+        itemsize = DTYPES[dtype].itemsize
+        raw = empty([count * itemsize], "uint8")
+        self._fill(raw.numpy().data, storage, start * itemsize)
+        return raw.view(torch_dtype(dtype))
+
+    def number(self, stored: StoredTensor) -> float:
+        """The number in a tensor of one; needs no torch.
+
+        Raises:
+            CheckpointError: as `read`, or it is no single number.
+        """
+        if stored.numel != 1 or stored.dtype not in _STRUCTS:
+            raise self._error(f"storage {stored.storage}: a single number was expected")
+        raw = bytearray(DTYPES[stored.dtype].itemsize)
+        self._fill(memoryview(raw), stored.storage, stored.offset * len(raw))
+        return struct.unpack(_STRUCTS[stored.dtype], raw)[0]
+
+    def _fill(self, view: memoryview, storage: str, begin: int) -> None:
+        """Read the bytes of a storage from `begin` on into `view`, comparing the storage's checksum."""
         member = self._member(f"data/{storage}")
-        raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-        view, begin = raw.numpy().data, start * dtype.itemsize
         try:
             # A checksum is of a whole storage, so the first look at a part of one reads all of it.
             whole = len(view) == member.file_size
@@ -141,7 +179,6 @@ class TorchFile:
                     view[first : first + _BLOCK] = file.read(min(_BLOCK, len(view) - first))
         except _DAMAGE as error:
             raise self._error(f"storage {storage}: cannot be read ({error})") from None
-        return raw.view(dtype)
 
     def _open_at(self, member: zipfile.ZipInfo, begin: int) -> IO[bytes]:
         """The file at byte `begin` of a verified member. (Within a member, zipfile seeks by reading.)"""
@@ -159,14 +196,14 @@ class TorchFile:
             for allowed in self._modules
         )
 
-    def _storage(self, identity: Any) -> tuple[str, torch.dtype, int]:
+    def _storage(self, identity: Any) -> tuple[str, str, int]:
         """Key, dtype and length of the storage that a persistent id names."""
         kind, storage_type, key, _, numel = identity
         known = isinstance(storage_type, Name) and storage_type.name in STORAGE_DTYPES
         if kind != "storage" or not known or not isinstance(key, str) or type(numel) is not int:
             raise ValueError("not a storage")
         dtype = STORAGE_DTYPES[storage_type.name]
-        if numel * dtype.itemsize != self._member(f"data/{key}").file_size:
+        if numel * DTYPES[dtype].itemsize != self._member(f"data/{key}").file_size:
             raise ValueError(f"storage {key} is not as long as it claims")
         return key, dtype, numel
 

@@ -13,22 +13,13 @@ from typing import IO, Any
 import torch
 from torch._utils import _rebuild_tensor_v2
 
+from megamoe.checkpoint.dtypes import DTYPES, torch_dtype
 from megamoe.convert.progress import Progress
 from megamoe.convert.tensors import LazyTensor
+from megamoe.convert.torch_file import STORAGE_DTYPES
 from megamoe.errors import CheckpointError
 
-_STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
+_STORAGES = {dtype: getattr(torch, storage) for storage, dtype in STORAGE_DTYPES.items()}
 # Bytes in a zip file: before a member's name, of its sizes in zip64, and of a field that pads.
 _LOCAL_HEADER, _ZIP64_SIZES, _EXTRA_HEADER = 30, 20, 4
 _ALIGNMENT = 64
@@ -40,12 +31,12 @@ class NewTensor:
 
     Attributes:
         shape: its shape.
-        dtype: of its numbers.
+        dtype: name of their type.
         parts: its numbers in row-major order, 1-D tensors of any type that are made when they are written.
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     parts: Callable[[], Iterable[torch.Tensor]]
 
     @property
@@ -93,9 +84,9 @@ def _write_parts(member: IO[bytes], tensor: NewTensor, progress: Progress | None
     written = 0
     for part in tensor.parts():
         written += part.numel()
-        member.write(part.detach().to(tensor.dtype).flatten().view(torch.uint8).numpy().data)
+        member.write(part.detach().to(torch_dtype(tensor.dtype)).flatten().view(torch.uint8).numpy().data)
         if progress:
-            progress(part.numel() * tensor.dtype.itemsize)
+            progress(part.numel() * DTYPES[tensor.dtype].itemsize)
     if written != tensor.numel:
         raise CheckpointError(f"{written} numbers were read for a tensor of {tensor.numel}")
 

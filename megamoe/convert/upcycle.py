@@ -33,7 +33,8 @@ from megamoe.convert.feed_forwards import (
     router_tensors,
     with_experts,
 )
-from megamoe.convert.neutral import open_neutral, write_neutral
+from megamoe.convert.neutral import open_neutral
+from megamoe.convert.neutral_writer import write_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
 from megamoe.errors import ConfigError

@@ -11,17 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from megamoe.convert.model_tensors import MOMENTS
+from megamoe.checkpoint.dtypes import empty
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.convert.native import expert_name, parse_expert, shard_file
 from megamoe.convert.native_reader import MODULES, structure_of
 from megamoe.convert.torch_file import StoredTensor, TorchFile
 from megamoe.errors import CheckpointError
 
-_MOST_OPEN = 64
+if TYPE_CHECKING:
+    import torch
+
+MOST_OPEN = 64
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Span:
 
     open: Callable[[], TorchFile]
     storage: str
-    dtype: torch.dtype
+    dtype: str
     start: int
     numel: int
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> "torch.Tensor":
         """The numbers, 1-D."""
         return self.open().read(self.storage, self.dtype, self.start, self.numel)
 
@@ -54,10 +56,15 @@ class Shards:
     step: int
     ep_size: int
 
-    def read(self, kind: str, name: str) -> torch.Tensor:
+    def read(self, kind: str, name: str) -> "torch.Tensor":
         """A whole tensor, 1-D."""
         spans = self.spans[kind, name]
-        return torch.cat([span.read() for span in spans]) if len(spans) > 1 else spans[0].read()
+        if len(spans) == 1:
+            return spans[0].read()
+        values = empty([sum(span.numel for span in spans)], "float32")
+        for part, span in zip(values.split([span.numel for span in spans]), spans, strict=True):
+            part.copy_(span.read())
+        return values
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def read_shards(
     found = _ep_size(ranks, n_experts, world_size)
     if ep_size not in (None, found):
         raise CheckpointError(f"--ep-size = {ep_size}: checkpoint {str(folder)!r} was saved at {found}")
-    opened = lru_cache(maxsize=_MOST_OPEN)(partial(TorchFile, modules=MODULES))
+    opened = lru_cache(maxsize=MOST_OPEN)(partial(TorchFile, modules=MODULES))
     spans: dict[tuple[str, str], list[Span]] = {}
     for rank, groups in enumerate(ranks):
         for group in groups:
@@ -139,7 +146,7 @@ def _shard_files(folder: Path, world_size: int) -> list[Path]:
             if missing := [name for name in names if name not in found]:
                 raise CheckpointError(f"checkpoint {str(folder)!r}: missing {missing[0]}")
             return [folder / name for name in names]
-    if any("optim_states" in name for name in present):
+    if any("zero_pp_rank" in name for name in present):
         raise CheckpointError(
             f"checkpoint {str(folder)!r}: optimizer states are not of ZeRO stage 1 or 2 on {world_size}"
             " ranks; give --weights-only to leave them out"
@@ -172,7 +179,7 @@ def _read_group(mapping: Any, flat: StoredTensor, group: dict[str, Any], states:
     state = states.get(group["params"][0], {})
     tensors = {"weight": flat} | {kind: state[kind] for kind in MOMENTS if kind in state}
     step = state.get("step", group.get("step", 0))
-    step = int(step.load() if isinstance(step, StoredTensor) else step)
+    step = int(step.file.number(step) if isinstance(step, StoredTensor) else step)
     declared = re.fullmatch(r"ep_size_(\d{1,9})", str(group.get("name")))
     addresses = {}
     for name, address in mapping.items():

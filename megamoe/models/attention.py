@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 from megamoe.errors import ConfigError
+from megamoe.moe.dropout import Dropout
+from megamoe.moe.randomness import draw
 
 # Queries are taken in blocks: those of one block share the keys they may see, which cuts off most of
 # what the causal mask hides, and the score matrix of a block stays in the cache.
@@ -54,12 +56,14 @@ class AttentionInputs(NamedTuple):
         hidden_SC: True where query s must not see key c; [B, S, C] where rows are padded.
         bias_u_AW: u of the score, added to queries that meet keys.
         bias_v_AW: v of the score, added to queries that meet distances.
+        keys_BS: keys of the segment's tokens, for dropout; None in evaluation.
     """
 
     distances_PD: torch.Tensor
     hidden_SC: torch.Tensor
     bias_u_AW: torch.Tensor
     bias_v_AW: torch.Tensor
+    keys_BS: torch.Tensor | None = None
 
 
 def inverse_frequencies(d_model: int, device: torch.device | None = None) -> torch.Tensor:
@@ -132,7 +136,7 @@ class RelativeAttention(nn.Module):
         dropout: dropout on attention probabilities.
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_head: int, dropout: float) -> None:
+    def __init__(self, d_model: int, n_heads: int, d_head: int, dropout: Dropout) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.scale = d_head**-0.5
@@ -156,9 +160,20 @@ class RelativeAttention(nn.Module):
             scores = content_ABSW[:, :, start:stop] @ k_ABCW[:, :, :n_keys].transpose(-1, -2)
             scores += _shift(position_ABSW[:, :, start:stop], r_APW[:, -n_keys - 1 :])
             hidden = inputs.hidden_SC[..., start:stop, :n_keys]
-            probabilities = dropout(_softmax(scores, hidden), self.dropout, self.training)
+            probabilities = self._drop(_softmax(scores, hidden), inputs.keys_BS, start)
             blocks.append(probabilities @ v_ABCW[:, :, :n_keys])
         return self.output(torch.cat(blocks, dim=2).permute(1, 2, 0, 3).flatten(2))
+
+    def _drop(
+        self, probabilities_ABNC: torch.Tensor, keys_BS: torch.Tensor | None, first: int
+    ) -> torch.Tensor:
+        """Dropout for N queries from number `first` on; each head draws for itself."""
+        if not self.dropout.active:
+            return probabilities_ABNC
+        assert keys_BS is not None, "dropout in training: give AttentionInputs.keys_BS"
+        keys_BN = keys_BS[:, first : first + probabilities_ABNC.shape[2]]
+        heads_A = torch.arange(self.n_heads, device=keys_BS.device)
+        return self.dropout(probabilities_ABNC, draw(keys_BN, heads_A[:, None, None]))
 
 
 def _softmax(scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

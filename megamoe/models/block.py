@@ -3,6 +3,9 @@
 Shapes: B batch, S segment, M memory, C = M + S, D model width.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -10,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from megamoe.config.schema import ModelConfig
 from megamoe.models.attention import AttentionInputs, RelativeAttention
 from megamoe.models.feed_forward import FeedForward
+from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.routing import RouterContext, Routing
 
@@ -19,6 +23,7 @@ class Block(nn.Module):
 
     Args:
         model: sizes, dropout and the place of the norm.
+        layer: 0-based index in the model, by which dropout is drawn.
         moe: the mixture layer; None for a dense feed-forward network.
 
     Attributes:
@@ -26,18 +31,29 @@ class Block(nn.Module):
             of keeping their activations. The mixture layer has its own switch.
     """
 
-    def __init__(self, model: ModelConfig, moe: MoELayer | None) -> None:
+    def __init__(self, model: ModelConfig, layer: int, moe: MoELayer | None) -> None:
         super().__init__()
+
+        def dropout(p: float, place: str) -> Dropout:
+            return Dropout(p, f"layers.{layer}.{place}")
+
         self.pre_norm = model.pre_norm
         self.checkpoint_activations = False
         self.attention = RelativeAttention(
-            model.d_model, model.n_heads, model.d_head, model.attention_dropout
+            model.d_model,
+            model.n_heads,
+            model.d_head,
+            dropout(model.attention_dropout, "attention.probabilities"),
         )
+        self.attention_dropout = dropout(model.dropout, "attention")
         self.attention_norm = nn.LayerNorm(model.d_model)
         self.moe = moe
-        self.feed_forward = FeedForward(model.d_model, model.d_inner, model.dropout) if moe is None else None
+        self.feed_forward = None
+        if moe is None:
+            drop_hidden = dropout(model.dropout, "feed_forward.hidden")
+            self.feed_forward = FeedForward(model.d_model, model.d_inner, drop_hidden)
+        self.feed_forward_dropout = dropout(model.dropout, "feed_forward")
         self.feed_forward_norm = nn.LayerNorm(model.d_model)
-        self.dropout = nn.Dropout(model.dropout)
 
     def forward(
         self,
@@ -61,19 +77,21 @@ class Block(nn.Module):
         """
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         if recompute:
-            x_BSD = checkpoint(self._attend, x_BSD, memory_BMD, inputs, use_reentrant=False)
+            x_BSD = _recomputed(self._attend, x_BSD, memory_BMD, inputs)
         else:
             x_BSD = self._attend(x_BSD, memory_BMD, inputs)
         if self.moe is not None:
             y_BSD, routing = self._mix(self._before(self.feed_forward_norm, x_BSD), context, real_N)
+            y_BSD = self.feed_forward_dropout(y_BSD, inputs.keys_BS)
             return self._after(self.feed_forward_norm, x_BSD, y_BSD), routing
         if recompute:
-            return checkpoint(self._feed_forward, x_BSD, use_reentrant=False), None
-        return self._feed_forward(x_BSD), None
+            return _recomputed(self._feed_forward, x_BSD, inputs.keys_BS), None
+        return self._feed_forward(x_BSD, inputs.keys_BS), None
 
     def _attend(self, x_BSD: torch.Tensor, memory_BMD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         context_BCD = self._before(self.attention_norm, torch.cat([memory_BMD, x_BSD], dim=1))
-        return self._after(self.attention_norm, x_BSD, self.attention(context_BCD, inputs))
+        y_BSD = self.attention_dropout(self.attention(context_BCD, inputs), inputs.keys_BS)
+        return self._after(self.attention_norm, x_BSD, y_BSD)
 
     def _mix(
         self, x_BSD: torch.Tensor, context: RouterContext, real_N: torch.Tensor | None
@@ -85,14 +103,19 @@ class Block(nn.Module):
         y_TD = y_ND.new_zeros(x_BSD.shape[0] * x_BSD.shape[1], y_ND.shape[-1])
         return y_TD.index_copy(0, real_N, y_ND).view(x_BSD.shape), routing
 
-    def _feed_forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(self, x_BSD: torch.Tensor, keys_BS: torch.Tensor | None) -> torch.Tensor:
         assert self.feed_forward is not None
-        y_BSD = self.feed_forward(self._before(self.feed_forward_norm, x_BSD))
-        return self._after(self.feed_forward_norm, x_BSD, y_BSD)
+        y_BSD = self.feed_forward(self._before(self.feed_forward_norm, x_BSD), keys_BS)
+        return self._after(self.feed_forward_norm, x_BSD, self.feed_forward_dropout(y_BSD, keys_BS))
 
     def _before(self, norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
         return norm(x) if self.pre_norm else x
 
     def _after(self, norm: nn.LayerNorm, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x = x + self.dropout(y)
-        return x if self.pre_norm else norm(x)
+        return x + y if self.pre_norm else norm(x + y)
+
+
+def _recomputed(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+    """Dropout needs no random state to be the same again."""
+    result: torch.Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result

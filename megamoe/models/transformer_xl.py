@@ -22,7 +22,9 @@ from megamoe.models.attention import (
 from megamoe.models.block import Block
 from megamoe.models.embeddings import AdaptiveEmbedding
 from megamoe.models.initialization import initialize
+from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
+from megamoe.moe.randomness import position_keys, token_keys
 from megamoe.moe.routing import RouterContext, Routing, on_one_rank
 
 
@@ -90,8 +92,10 @@ class Backbone(nn.Module):
         self.attention_bias_u = nn.Parameter(torch.empty(model.n_heads, model.d_head))
         self.attention_bias_v = nn.Parameter(torch.empty(model.n_heads, model.d_head))
         self.embedding = AdaptiveEmbedding(model)
-        self.layers = nn.ModuleList(Block(model, mixtures.get(i)) for i in range(model.n_layers))
-        self.dropout = nn.Dropout(model.dropout)
+        self.layers = nn.ModuleList(Block(model, i, mixtures.get(i)) for i in range(model.n_layers))
+        self.embedding_dropout = Dropout(model.dropout, "embedding")
+        self.position_dropout = Dropout(model.dropout, "positions")
+        self.output_dropout = Dropout(model.dropout, "output")
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -112,27 +116,32 @@ class Backbone(nn.Module):
         top_k: int | None,
         step: int,
         span: AttentionSpan | None,
+        keys_BS: torch.Tensor | None,
         padding_BC: torch.Tensor | None = None,
     ) -> Hidden:
         """Read one segment; see `TransformerXL.forward`.
 
         Args:
+            keys_BS: from `token_keys`.
             padding_BC: True where a position of memory or segment is padding: it sees nothing, nothing
                 sees it, and it goes to no expert. None where there is none.
         """
         span = span or self.span
-        x_BSD = self.dropout(self.embedding(input_ids_BS))
+        x_BSD = self.embedding_dropout(self.embedding(input_ids_BS), keys_BS)
         memory = memory or (x_BSD[:, :0].detach(),) * len(self.layers)
-        inputs = self._attention_inputs(x_BSD, memory[0], span, padding_BC)
+        inputs = self._attention_inputs(x_BSD, memory[0], span, step, keys_BS, padding_BC)
         token_ids_T, real_N = input_ids_BS.flatten(), None
+        token_keys_T = None if keys_BS is None else keys_BS.flatten()
         if padding_BC is not None:
             real_N = (~padding_BC[:, -input_ids_BS.shape[1] :]).flatten().nonzero().flatten()
             token_ids_T = token_ids_T[real_N]
+            token_keys_T = None if token_keys_T is None else token_keys_T[real_N]
         context = RouterContext(
             step=step,
             seed=self.seed,
             top_k=self.moe_config.top_k if top_k is None else top_k,
             token_ids_T=token_ids_T,
+            token_keys_T=token_keys_T,
             mean_over_ranks=self.mean_over_ranks,
         )
         new_memory, routings = [], []
@@ -142,13 +151,24 @@ class Backbone(nn.Module):
             if routing is not None:
                 routings.append(routing)
                 context = replace(context, previous=routing)
-        return Hidden(self.dropout(x_BSD), tuple(new_memory), tuple(routings))
+        return Hidden(self.output_dropout(x_BSD, keys_BS), tuple(new_memory), tuple(routings))
+
+    def token_keys(self, input_ids_BS: torch.Tensor, step: int, rows: range | None) -> torch.Tensor | None:
+        """Keys [B, S] by which the tokens draw dropout; None in evaluation. See `TransformerXL.forward`."""
+        if not self.training:
+            return None
+        batch_size, segment_len = input_ids_BS.shape
+        rows = range(batch_size) if rows is None else rows
+        assert len(rows) == batch_size, f"{rows} for a batch of {batch_size}"
+        return token_keys(self.seed, step, rows, segment_len, input_ids_BS.device)
 
     def _attention_inputs(
         self,
         x_BSD: torch.Tensor,
         memory_BMD: torch.Tensor,
         span: AttentionSpan,
+        step: int,
+        keys_BS: torch.Tensor | None,
         padding_BC: torch.Tensor | None,
     ) -> AttentionInputs:
         segment_len = x_BSD.shape[1]
@@ -157,9 +177,10 @@ class Backbone(nn.Module):
         hidden_SC = hide_keys(segment_len, context_len, span, x_BSD.device)
         if padding_BC is not None:
             hidden_SC = hide_padding(hidden_SC, padding_BC)
-        return AttentionInputs(
-            self.dropout(distances_PD), hidden_SC, self.attention_bias_u, self.attention_bias_v
-        )
+        if self.position_dropout.active:
+            distances_P = torch.arange(context_len, -1, -1, device=x_BSD.device)
+            distances_PD = self.position_dropout(distances_PD, position_keys(self.seed, step, distances_P))
+        return AttentionInputs(distances_PD, hidden_SC, self.attention_bias_u, self.attention_bias_v, keys_BS)
 
 
 class TransformerXL(Backbone):
@@ -182,6 +203,7 @@ class TransformerXL(Backbone):
         *,
         top_k: int | None = None,
         step: int = 0,
+        rows: range | None = None,
         span: AttentionSpan | None = None,
         return_logits: bool = False,
     ) -> ModelOutput:
@@ -192,11 +214,19 @@ class TransformerXL(Backbone):
             targets_BS: the tokens that follow them; None computes no loss.
             memory: what the segment before returned; None starts without.
             top_k: experts per token; None means `moe.top_k`.
-            step: optimizer steps done, for policies that change with it.
+            step: optimizer steps done, for dropout and policies that change with it.
+            rows: rows of the global batch that these B are, for dropout; None means the first ones.
             span: how far back attention reaches; None means as in training.
             return_logits: also score the whole vocabulary.
         """
-        hidden_BSD, memory, routings = self.read(input_ids_BS, memory, top_k=top_k, step=step, span=span)
+        hidden_BSD, memory, routings = self.read(
+            input_ids_BS,
+            memory,
+            top_k=top_k,
+            step=step,
+            span=span,
+            keys_BS=self.token_keys(input_ids_BS, step, rows),
+        )
         loss_BS, logits_BSV = self.output(
             hidden_BSD,
             targets_BS,

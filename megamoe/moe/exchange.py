@@ -39,6 +39,14 @@ class Exchange(Protocol):
         """Send a copy of token t to expert_ids_TK[t, j] for each choice j that is not -1."""
         ...
 
+    def send_along(self, values_T: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Send one number per token, without gradient, the way its copies went.
+
+        Returns:
+            [N], row n's number where `dispatched.rows_ND` has row n.
+        """
+        ...
+
     def combine(
         self, rows_ND: torch.Tensor, weights_TK: torch.Tensor, dispatched: Dispatched
     ) -> torch.Tensor:
@@ -120,6 +128,12 @@ class LocalExchange:
         """Group a copy of each chosen token by expert; choices of -1 are left out."""
         choices = SortedChoices.of(expert_ids_TK, n_experts)
         return Dispatched(choices.gather(x_TD), choices.counts, choices)
+
+    def send_along(self, values_T: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Each row's token's number."""
+        choices = dispatched.plan
+        assert isinstance(choices, SortedChoices)
+        return values_T.index_select(0, choices.token_N)
 
     def combine(
         self, rows_ND: torch.Tensor, weights_TK: torch.Tensor, dispatched: Dispatched

@@ -1,14 +1,15 @@
 """The experts of one mixture layer: stacked two-layer MLPs, and the ways to compute them."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from megamoe.moe.dropout import Dropout
 from megamoe.moe.initialization import normal
+from megamoe.moe.randomness import draw
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -43,7 +44,7 @@ class Experts(nn.Module):
         super().__init__()
         self.n_experts = n_experts
         self.local = local
-        self.dropout = dropout
+        self.dropout = Dropout(dropout, f"layers.{layer}.moe.experts")
 
         def stacked(name: str, shape: tuple[int, int]) -> nn.Parameter:
             path = f"layers.{layer}.moe.experts.{name}"
@@ -54,13 +55,34 @@ class Experts(nn.Module):
         self.w_out = stacked("w_out", (d_model, d_expert))
         self.b_out = nn.Parameter(torch.zeros(len(local), d_model))
 
-    def forward(self, rows_ND: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Apply the local experts to rows grouped by expert, counts[e] of them for local expert e."""
+    def forward(
+        self, rows_ND: torch.Tensor, counts: list[int], keys_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply the local experts to rows grouped by expert, counts[e] of them for local expert e.
+
+        Args:
+            keys_N: keys of the rows' tokens, see `randomness.token_keys`; needed when dropout is active.
+        """
         compute = choose_path(rows_ND, counts, self.w_in)
         weights = Weights(self.w_in, self.b_in, self.w_out, self.b_out)
-        return compute(
-            rows_ND, counts, weights, partial(functional.dropout, p=self.dropout, training=self.training)
-        )
+        return compute(rows_ND, counts, weights, self._drop(counts, keys_N))
+
+    def _drop(self, counts: list[int], keys_N: torch.Tensor | None) -> "Drop":
+        """Dropout on hidden units, which each expert draws for itself."""
+        if not self.dropout.active:
+            return lambda hidden, _: hidden
+        assert keys_N is not None, "experts with dropout in training: give the keys of the rows' tokens"
+        counts_E = torch.tensor(counts, device=keys_N.device)
+        experts_E = torch.arange(self.local.start, self.local.stop, device=keys_N.device)
+        expert_N = experts_E.repeat_interleave(counts_E, output_size=len(keys_N))
+        # Rows that pad the last expert draw from keys too.
+        keys_N = functional.pad(draw(keys_N, expert_N), (0, ROW_MULTIPLE))
+
+        def drop(hidden: torch.Tensor, first: int) -> torch.Tensor:
+            shape = hidden.shape[:-1]
+            return self.dropout(hidden, keys_N[first : first + shape.numel()].view(shape))
+
+        return drop
 
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""
@@ -77,7 +99,9 @@ class Weights(NamedTuple):
     b_out: torch.Tensor
 
 
-Drop = Callable[[torch.Tensor], torch.Tensor]
+Drop = Callable[[torch.Tensor, int], torch.Tensor]
+"""Drops hidden units of consecutive rows, given the number of the first."""
+
 Compute = Callable[[torch.Tensor, list[int], Weights, Drop], torch.Tensor]
 
 
@@ -98,13 +122,14 @@ def one_by_one(rows_ND: torch.Tensor, counts: list[int], weights: Weights, drop:
     once spares the backward pass a full-size gradient per expert, which indexing would build.
     """
     multiple = ROW_MULTIPLE if rows_ND.device.type == "cpu" and rows_ND.dtype in SIXTEEN_BITS else 1
-    outputs = []
+    outputs, first = [], 0
     stacks = zip(*(stack.unbind() for stack in weights), strict=True)
     for rows, (w_in, b_in, w_out, b_out) in zip(rows_ND.split(counts), stacks, strict=True):
         missing = -len(rows) % multiple
         padded = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-        hidden = drop(functional.linear(padded, w_in, b_in).relu())
+        hidden = drop(functional.linear(padded, w_in, b_in).relu(), first)
         outputs.append(functional.linear(hidden, w_out, b_out)[: len(rows)])
+        first += len(rows)
     return torch.cat(outputs)
 
 
@@ -112,7 +137,7 @@ def batched(rows_ND: torch.Tensor, counts: list[int], weights: Weights, drop: Dr
     """Batched matrix products, for experts with equally many rows (as with k = E)."""
     rows_END = rows_ND.unflatten(0, (len(counts), counts[0]))
     hidden = torch.baddbmm(weights.b_in[:, None], rows_END, weights.w_in.mT).relu()
-    return torch.baddbmm(weights.b_out[:, None], drop(hidden), weights.w_out.mT).flatten(0, 1)
+    return torch.baddbmm(weights.b_out[:, None], drop(hidden, 0), weights.w_out.mT).flatten(0, 1)
 
 
 def grouped(rows_ND: torch.Tensor, counts: list[int], weights: Weights, drop: Drop) -> torch.Tensor:
@@ -127,6 +152,5 @@ def grouped(rows_ND: torch.Tensor, counts: list[int], weights: Weights, drop: Dr
     owner_N = experts_E.repeat_interleave(counts_E, output_size=len(rows_ND))
     owner_NE = functional.one_hot(owner_N, len(counts)).to(rows_ND.dtype)
     hidden = functional.grouped_mm(rows_ND, weights.w_in.mT, offs=ends_E) + owner_NE @ weights.b_in
-    return (
-        functional.grouped_mm(drop(hidden.relu()), weights.w_out.mT, offs=ends_E) + owner_NE @ weights.b_out
-    )
+    dropped = drop(hidden.relu(), 0)
+    return functional.grouped_mm(dropped, weights.w_out.mT, offs=ends_E) + owner_NE @ weights.b_out

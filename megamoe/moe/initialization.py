@@ -4,15 +4,14 @@ Every tensor is drawn from its own generator, so the model is the same whichever
 part of it, and adding a layer does not change the others.
 """
 
-import hashlib
-
 import torch
+
+from megamoe.moe.randomness import hash_of
 
 
 def generator(seed: int, *labels: str | int) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(hash_of(seed, *labels))
 
 
 def normal(

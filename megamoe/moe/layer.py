@@ -61,16 +61,24 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, -2)
         with torch.autocast(x_TD.device.type, enabled=False):
             routing = self.router(x_TD, context)
-        choice = (x_TD, routing.expert_ids_TK, routing.weights_TK)
+        choice = (x_TD, routing.expert_ids_TK, routing.weights_TK, context.token_keys_T)
         if self.checkpoint_activations and torch.is_grad_enabled():
-            y_TD = checkpoint(self._apply_experts, *choice, use_reentrant=False)
+            y_TD = checkpoint(self._apply_experts, *choice, use_reentrant=False, preserve_rng_state=False)
         else:
             y_TD = self._apply_experts(*choice)
         return y_TD.view_as(x_BSD), routing
 
     def _apply_experts(
-        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        token_keys_T: torch.Tensor | None,
     ) -> torch.Tensor:
         dispatched = self.exchange.dispatch(x_TD, expert_ids_TK, self.n_experts)
-        rows_ND = self.experts(dispatched.rows_ND, dispatched.counts)
+        keys_N = None
+        if self.experts.dropout.active:
+            assert token_keys_T is not None, "dropout in training: give RouterContext.token_keys_T"
+            keys_N = self.exchange.send_along(token_keys_T, dispatched)
+        rows_ND = self.experts(dispatched.rows_ND, dispatched.counts, keys_N)
         return self.exchange.combine(rows_ND, weights_TK, dispatched)

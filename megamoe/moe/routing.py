@@ -13,6 +13,7 @@ from torch import nn
 
 from megamoe.errors import ConfigError
 from megamoe.moe.initialization import normal
+from megamoe.moe.randomness import at_site, uniform
 
 
 def on_one_rank(values: torch.Tensor) -> torch.Tensor:
@@ -24,7 +25,7 @@ def on_one_rank(values: torch.Tensor) -> torch.Tensor:
 class RouterContext:
     """Everything besides the tokens that a routing decision may depend on.
 
-    All fields are equal on every rank except `token_ids_T` and `previous`, so whatever decides which
+    All fields are equal on every rank except those of tokens and `previous`, so whatever decides which
     collectives run must be a function of the others.
 
     Attributes:
@@ -32,6 +33,8 @@ class RouterContext:
         seed: the run's seed, `training.seed`.
         top_k: experts per token in force, K.
         token_ids_T: ids of the input tokens, for policies that look them up.
+        token_keys_T: what random numbers of the tokens are drawn from, see `LayerSpec.uniform`; given in
+            training.
         previous: routing of the mixture layer below, None in the first.
         mean_over_ranks: averages a small statistic over all data-parallel ranks, without gradient.
     """
@@ -40,6 +43,7 @@ class RouterContext:
     seed: int
     top_k: int
     token_ids_T: torch.Tensor | None = None
+    token_keys_T: torch.Tensor | None = None
     previous: "Routing | None" = None
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = on_one_rank
 
@@ -88,6 +92,16 @@ class LayerSpec:
         """fp32 initial values N(0, std^2) of the router's tensor `name`; std is init_std by default."""
         path = f"layers.{self.layer}.moe.router.{name}"
         return normal(shape, self.init_std if std is None else std, self.seed, path)
+
+    def uniform(self, name: str, context: RouterContext, width: int) -> torch.Tensor:
+        """fp32 noise [T, width], uniform in [0, 1), for training.
+
+        It depends on (seed, step, layer, `name`, token), not on which tokens a rank or a micro-batch holds.
+        """
+        assert context.token_keys_T is not None, (
+            "noise is for training: RouterContext.token_keys_T is missing"
+        )
+        return uniform(at_site(context.token_keys_T, f"layers.{self.layer}.moe.router.{name}"), width)
 
 
 class Router(nn.Module, ABC):

@@ -54,8 +54,7 @@ class Engine:
     Attributes:
         layout: how the run is laid out over ranks.
         device: where tensors go.
-        rows: streams of the global batch that this rank reads; micro-batch i takes the i-th
-            `layout.micro_batch_size` of them.
+        rows: streams of the global batch that this rank reads; see `micro_batch_rows`.
         micro_batches: forward and backward passes per optimizer step.
         deepspeed: DeepSpeed's engine, for this room and checkpoints only.
 
@@ -85,6 +84,11 @@ class Engine:
     def model(self) -> Backbone:
         """The model that DeepSpeed trains."""
         return self.deepspeed.module
+
+    def micro_batch_rows(self, index: int) -> range:
+        """Streams of the global batch that make up micro-batch `index` of this rank."""
+        size = self.layout.micro_batch_size
+        return self.rows[index * size : (index + 1) * size]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `forward` through DeepSpeed."""

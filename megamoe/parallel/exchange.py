@@ -49,8 +49,8 @@ class AllToAllExchange:
     """Rank r of `group` owns experts r * E/R to (r + 1) * E/R - 1; rows travel to them and back.
 
     No row is padded or dropped. Each dispatch exchanges the counts once, E integers per rank, and the
-    rows once; combine exchanges the rows once more. All ranks of the group must call in step, also
-    those without a row to send: an empty message is still a message.
+    rows once; combine exchanges the rows once more, and `send_along` a number for each. All ranks of
+    the group must call in step, also those without a row to send: an empty message is still a message.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -73,6 +73,13 @@ class AllToAllExchange:
         arrival_N = _by_expert(received_RE, sum(receive))
         plan = _Plan(choices, send, receive, arrival_N)
         return Dispatched(arrived_ND.index_select(0, arrival_N), counts, plan)
+
+    def send_along(self, values_T: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Exchange one number per row more."""
+        plan = dispatched.plan
+        assert isinstance(plan, _Plan)
+        sent_N = values_T.index_select(0, plan.choices.token_N)
+        return _exchange(sent_N, plan.send, plan.receive, self.group).index_select(0, plan.arrival_N)
 
     def combine(
         self, rows_ND: torch.Tensor, weights_TK: torch.Tensor, dispatched: Dispatched

@@ -20,7 +20,6 @@ from megamoe.data.corpus import Corpus
 from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
-from megamoe.moe.initialization import generator
 from megamoe.moe.losses import auxiliary_loss
 from megamoe.moe.routers import router_class
 from megamoe.moe.routing import Routing
@@ -230,19 +229,13 @@ class Trainer:
             strict=True,
         )
         for index, (input_ids_BS, targets_BS) in enumerate(micro_batches):
-            self._seed_dropout(index)
             self._beat("forward")
             output = engine.forward(
                 input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
-                top_k=top_k, step=self.step,
+                top_k=top_k, step=self.step, rows=engine.micro_batch_rows(index),
             )  # fmt: skip
             self.memories[index] = output.memory
             yield output.loss_BS.mean(), output.routings
-
-    def _seed_dropout(self, micro_batch: int) -> None:
-        """Make dropout a function of (seed, step, micro-batch, rank), so that resuming needs no state."""
-        seed = generator(self.run.training.seed, "dropout", self.step, micro_batch, self.world.rank)
-        torch.manual_seed(seed.initial_seed())
 
     def _log(self, record: StepRecord) -> None:
         self._beat("log")
@@ -305,7 +298,7 @@ class Trainer:
             parts = [layer.to(self.engine.device).chunk(self.engine.micro_batches) for layer in memory]
             self.memories = list(zip(*parts, strict=True))
         self.step, self.tokens = state.step, state.tokens_seen
-        self.plateau = Plateau(**state.schedule)
+        self.plateau = reader.schedule(Plateau)
         self.last_checkpoint = reader.folder
         self._kept_step = state.step
         if self.folder.holds(reader.folder):

@@ -16,6 +16,9 @@ from typing import Any
 
 Mutation = Callable[[random.Random, Path], None]
 
+SIGNATURES = ("manifest.json", "SHA256SUMS")
+"""What holds the hashes of the other files."""
+
 HUGE = [2**31, 2**40, 2**62, 2**63, 2**64, 10**30, -1, -(2**63)]
 JUNK: list[Any] = [*HUGE, 0, 1.5, True, None, "", "x", "\x00", [], {}, [1], {"a": 1}, "../../x", 1e300]
 NAMES = [
@@ -39,7 +42,7 @@ class Bomb:
 
 
 def any_file(rng: random.Random, folder: Path) -> Path:
-    return rng.choice(sorted(folder.iterdir()))
+    return rng.choice([path for path in sorted(folder.rglob("*")) if path.is_file()])
 
 
 def any_shard(rng: random.Random, folder: Path) -> Path:
@@ -68,7 +71,7 @@ def replace_by_pickle(rng: random.Random, folder: Path) -> None:
     path = any_file(rng, folder)
     content = pickle.dumps(Bomb(folder.parent / "executed"))
     path.write_bytes(content.ljust(path.stat().st_size, b"\0"))
-    if path.name != "manifest.json" and rng.random() < 0.5:
+    if path.name not in SIGNATURES and rng.random() < 0.5:
         sign(folder)
 
 
@@ -158,7 +161,7 @@ def lie_in_header(rng: random.Random, folder: Path) -> None:
 
 
 def lie_in_document(rng: random.Random, folder: Path) -> None:
-    path = folder / rng.choice(["config.json", "state.json"])
+    path = rng.choice([path for path in sorted(folder.glob("*.json")) if path.name not in SIGNATURES])
     body = json.loads(path.read_text())
     owner = body
     while True:
@@ -177,7 +180,7 @@ def lie_in_document(rng: random.Random, folder: Path) -> None:
 
 
 def break_json(rng: random.Random, folder: Path) -> None:
-    path = folder / rng.choice(["config.json", "state.json", "manifest.json"])
+    path = rng.choice(sorted(folder.glob("*.json")))
     text = path.read_text()
     at = text.index("{") + 1
     path.write_text(
@@ -185,17 +188,31 @@ def break_json(rng: random.Random, folder: Path) -> None:
             [*TEXTS, f'{text[:at]}"a": NaN, {text[at:]}', f'{text[:at]}"step": 3, {text[at:]}', text + "}"]
         )
     )
-    if path.name != "manifest.json":
+    if path.name not in SIGNATURES:
         sign(folder)
 
 
 def sign(folder: Path) -> None:
-    """Make sizes and hashes in the manifest those of the files."""
+    """Make sizes and hashes in the manifest, or in the list of an export, those of the files.
+
+    Files of torch.save hold checksums of their own.
+    """
+    if (folder / "SHA256SUMS").is_file():
+        hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in signed(folder)}
+        (folder / "SHA256SUMS").write_text("".join(f"{sha256}  {name}\n" for name, sha256 in hashes.items()))
+        return
+    if not (folder / "manifest.json").is_file():
+        return
     body = json.loads((folder / "manifest.json").read_text())
     for name in body["files"]:
         content = (folder / name).read_bytes()
         body["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_manifest(folder, body)
+
+
+def signed(folder: Path) -> list[Path]:
+    """The files of an export that its list of hashes names."""
+    return [path for path in sorted(folder.iterdir()) if path.name not in ("SHA256SUMS", "README.md")]
 
 
 def write_manifest(folder: Path, body: dict[str, Any]) -> None:

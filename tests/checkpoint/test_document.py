@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.format import DTYPES, FORMAT, KINDS, VERSION
+from megamoe.checkpoint.dtypes import DTYPES
+from megamoe.checkpoint.format import FORMAT, KINDS, VERSION
 from tests.checkpoint.small import model_of, write_model
 
 TEXT = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()

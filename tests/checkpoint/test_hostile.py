@@ -1,25 +1,18 @@
 """A thousand damaged checkpoints: each is refused with one error, or is whole after all."""
 
-import random
-import resource
-import shutil
-import time
-from collections import Counter
-
 import pytest
 import torch
 
 from megamoe.checkpoint.load import load_model, load_tokenizer
 from megamoe.errors import CheckpointError
 from megamoe.parallel.placement import saved_buffers
+from tests.checkpoint.fuzzing import fuzz
 from tests.checkpoint.hostile import MUTATIONS
 from tests.checkpoint.runs import held_tensors
 from tests.checkpoint.small import model_of, write_small
 
 N_MUTATIONS = 1000
 N_GROUPS = 10
-MOST_SECONDS = 30  # far above any case (the median is some milliseconds): it tells a hang, not a speed
-MOST_EXTRA_BYTES = 400 << 20
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +52,6 @@ def outcome(folder, expected):
 def test_no_damage_is_loaded(pristine, tmp_path, group):
     expected = held_tensors(pristine)
     assert outcome(pristine, expected) == "whole"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcomes = Counter()
-    for seed in range(group, N_MUTATIONS, N_GROUPS):
-        rng, folder = random.Random(seed), tmp_path / str(seed) / "best"
-        mutate = MUTATIONS[seed // N_GROUPS % len(MUTATIONS)]
-        shutil.copytree(pristine, folder)
-        mutate(rng, folder)
-        begin = time.perf_counter()
-        try:
-            outcomes[outcome(folder, expected)] += 1
-        except BaseException as error:
-            pytest.fail(f"seed {seed}, {mutate.__name__}: {type(error).__name__}: {error}"[:500])
-        seconds = time.perf_counter() - begin
-        assert seconds < MOST_SECONDS, f"seed {seed}, {mutate.__name__}"
-        assert not (folder.parent / "executed").exists(), f"seed {seed}, {mutate.__name__}"
-        shutil.rmtree(folder.parent)
-    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    assert extra < MOST_EXTRA_BYTES
+    seeds = range(group, N_MUTATIONS, N_GROUPS)
+    outcomes = fuzz(pristine, MUTATIONS, seeds, lambda folder: outcome(folder, expected), tmp_path)
     assert outcomes["refused"] > 0.75 * outcomes.total()

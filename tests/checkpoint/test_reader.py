@@ -12,6 +12,7 @@ from megamoe.checkpoint.format import Manifest, Piece, TensorEntry
 from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
 from megamoe.checkpoint.shard import write_file
 from megamoe.errors import CheckpointError
+from megamoe.training.learning_rate import Plateau
 from tests.checkpoint.small import some_tensors, write_small, write_step
 
 WEIGHT = ("weight", "layers.0.moe.experts.w_in")
@@ -41,6 +42,16 @@ def test_tensors_come_back_bit_for_bit(pristine):
         assert reader.shape(kind, name) == found.shape == tensor.shape
         assert torch.equal(found, tensor)
     reader.verify()
+
+
+def test_the_schedule_must_be_the_runs(tmp_path):
+    saved = {"factor": 0.5, "best": 0.7, "waited": 1}
+    folder = write_small(tmp_path / "good", schedule=saved)
+    assert CheckpointReader(folder).schedule(Plateau) == Plateau(**saved)
+    for name, value, problem in (("extra", 1, "unknown field"), ("waited", "x", "'x': expected int")):
+        folder = write_small(tmp_path / name, schedule=saved | {name: value})
+        with pytest.raises(CheckpointError, match=rf"{name}': state\.json: schedule\.{name}.*{problem}"):
+            CheckpointReader(folder).schedule(Plateau)
 
 
 @given(st.data())

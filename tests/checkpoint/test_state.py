@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from megamoe.checkpoint.state import TrainingState
+from megamoe.checkpoint.state import EngineCounters, TrainingState
 from megamoe.errors import CheckpointError
-from megamoe.parallel.counters import EngineCounters
 
 STATE = TrainingState(
     step=400,

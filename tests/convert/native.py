@@ -20,6 +20,7 @@ from megamoe.config.load import merge
 from megamoe.config.schema import MoEConfig
 from megamoe.models.feed_forward import FeedForward
 from megamoe.models.transformer_xl import TransformerXL
+from megamoe.moe.dropout import Dropout
 from megamoe.moe.exchange import Exchange, LocalExchange
 from megamoe.moe.experts import Experts
 from megamoe.moe.routers import build_router
@@ -52,7 +53,9 @@ class NativeMoE(MoE):
             local=range(first, first + self.num_local_experts),
         )  # fmt: skip
         experts = NativeExperts(
-            FeedForward(d_model, moe.d_expert, dropout), self.num_local_experts, self.expert_group_name
+            FeedForward(d_model, moe.d_expert, Dropout(dropout, "unused")),
+            self.num_local_experts,
+            self.expert_group_name,
         )
         with torch.no_grad():
             for local, expert in enumerate(experts.deepspeed_experts):
@@ -133,6 +136,8 @@ class NativeRun:
     def live(self) -> dict[tuple[str, str], torch.Tensor]:
         """By kind and native name with global ids: what this rank trains and keeps."""
         optimizer = self.engine.optimizer
+        if not self.engine.zero_optimization_stage():
+            return self._unpartitioned()
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
@@ -142,8 +147,26 @@ class NativeRun:
             held["weight", name] = safe_get_full_fp32_param(parameter).clone()
             for kind in ("exp_avg", "exp_avg_sq"):
                 held[kind, name] = safe_get_full_optimizer_state(parameter, kind).clone()
-        held |= {("buffer", name): buffer for name, buffer in self.engine.module.named_buffers()}
-        return held
+        return held | self._buffers()
+
+    def _unpartitioned(self) -> dict[tuple[str, str], torch.Tensor]:
+        """The same at ZeRO stage 0, where the optimizer holds whole tensors."""
+        optimizer = self.engine.optimizer
+        masters = {parameter: parameter for parameter in self.engine.module.parameters()}
+        for trained, fp32 in zip(
+            getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
+        ):
+            masters |= dict(zip(trained, fp32, strict=True))
+        held = {}
+        for name, parameter in self.engine.module.named_parameters():
+            name, master = self.globalise(name), masters[parameter]
+            state = self.engine.basic_optimizer.state[master]
+            held["weight", name] = master.detach().clone()
+            held |= {(kind, name): state[kind].clone() for kind in ("exp_avg", "exp_avg_sq")}
+        return held | self._buffers()
+
+    def _buffers(self) -> dict[tuple[str, str], torch.Tensor]:
+        return {("buffer", name): buffer for name, buffer in self.engine.module.named_buffers()}
 
     def globalise(self, name: str) -> str:
         before, found, after = name.partition(".deepspeed_experts.")

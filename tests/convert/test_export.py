@@ -1,6 +1,7 @@
 import json
 import re
 import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from megamoe import load_model
-from megamoe.checkpoint.exported import ExportReader
+from megamoe.checkpoint.dtypes import torch_dtype
+from megamoe.checkpoint.exported import CARD, SUMS, ExportReader
 from megamoe.checkpoint.load import load_tokenizer
 from megamoe.config.schema import RouterConfig
 from megamoe.data.tokenizers import ByteTokenizer
@@ -90,9 +92,9 @@ def test_cast_changes_weights_and_leaves_routers(tmp_path: Path, checkpoint: Pat
     assert first.files == cast.files == direct.files
     for name in first.files:
         shape, dtype = cast.describe(name)
-        assert dtype == (torch.float32 if ".router." in name else torch.bfloat16)
+        assert dtype == ("float32" if ".router." in name else "bfloat16")
         values = cast.tensor(name, shape)
-        assert torch.equal(values, first.tensor(name, shape).to(dtype))
+        assert torch.equal(values, first.tensor(name, shape).to(torch_dtype(dtype)))
         assert torch.equal(values, direct.tensor(name, shape))
     assert (cast.config, cast.state) == (first.config, first.state)
     assert next(load_model(tmp_path / "bf16").parameters()).dtype == torch.float32
@@ -110,6 +112,26 @@ def test_cast_refuses_what_does_not_fit(
     assert run_tool("export", tmp_path / "large", tmp_path / "out", "--dtype", "fp16") == 2
     assert "embedding.weights.0: holds numbers beyond the range of float16" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_hashes_are_compared_and_sha256sum_reads_them(tmp_path: Path, checkpoint: Path) -> None:
+    exported = tmp_path / "exported"
+    convert("export", checkpoint, exported, "--shard-size", "5KB")
+    subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=exported, check=True, capture_output=True)
+    (exported / CARD).write_text("of another hand")
+    load_model(exported)
+    for path in sorted(exported.iterdir()):
+        if path.name != CARD:
+            content = path.read_bytes()
+            path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+            with pytest.raises(CheckpointError, match=SUMS):
+                load_model(exported)
+            path.write_bytes(content)
+    (exported / SUMS).write_text((exported / SUMS).read_text().partition("\n")[2])
+    with pytest.raises(CheckpointError, match=r"config\.json: is not listed in SHA256SUMS"):
+        load_model(exported)
+    (exported / SUMS).unlink()
+    load_model(exported)
 
 
 def rename_in_header(path: Path, old: str, new: str) -> None:
@@ -137,6 +159,7 @@ def test_a_changed_export_is_refused(
 ) -> None:
     convert("export", checkpoint, tmp_path / "exported")
     path = tmp_path / "exported" / file
+    (tmp_path / "exported" / SUMS).unlink()
     if file == "model.safetensors":
         rename_in_header(path, old, new)
     else:
@@ -148,6 +171,7 @@ def test_a_changed_export_is_refused(
 def test_an_index_may_not_point_elsewhere(tmp_path: Path, checkpoint: Path) -> None:
     convert("export", checkpoint, tmp_path / "exported", "--shard-size", "5KB")
     index = tmp_path / "exported/model.safetensors.index.json"
+    (tmp_path / "exported" / SUMS).unlink()
     index.write_text(index.read_text().replace('"model-00001', '"../model-00001', 1))
     with pytest.raises(CheckpointError, match="not the plain name"):
         load_model(tmp_path / "exported")

@@ -9,7 +9,7 @@ import torch
 
 from megamoe.convert.exported import as_type, write_export
 from megamoe.convert.model_tensors import model_tensors
-from megamoe.convert.neutral import write_neutral
+from megamoe.convert.neutral_writer import write_neutral
 from megamoe.convert.tensors import LazyTensor
 from megamoe.convert.torch_writer import write_torch_file
 from tests.checkpoint.small import model_of
@@ -27,8 +27,8 @@ class Source:
 
     def tensors(self) -> list[LazyTensor]:
         return [
-            LazyTensor(kind, name, shape, torch.float32, self.loader(shape))
-            for name, (kind, shape) in model_tensors(CONFIG).items()
+            LazyTensor(kind, name, shape, "float32", self.loader(shape))
+            for name, (kind, shape, _) in model_tensors(CONFIG).items()
         ]
 
     def loader(self, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
@@ -46,7 +46,7 @@ WRITERS: dict[str, Callable[[Path, list[LazyTensor]], None]] = {
     "torch file": lambda path, tensors: write_torch_file(path, {tensor.name: tensor for tensor in tensors}),
     "export": lambda path, tensors: write_export(path, tensors, CONFIG, STATE, shard_size=10**4),
     "cast export": lambda path, tensors: write_export(
-        path, as_type(tensors, torch.bfloat16), CONFIG, STATE, shard_size=10**9
+        path, as_type(tensors, "bfloat16"), CONFIG, STATE, shard_size=10**9
     ),
 }
 

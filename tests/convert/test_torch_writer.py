@@ -12,9 +12,9 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
     values = torch.arange(6.0).view(2, 3)
     tied = lazy("weight", "tied", values)
     content = {
-        "whole": NewTensor((2, 3), torch.bfloat16, lambda: [values[0], values[1]]),
-        "number": NewTensor((), torch.float32, lambda: [torch.tensor(7.0)]),
-        "empty": NewTensor((0, 3), torch.int64, list),
+        "whole": NewTensor((2, 3), "bfloat16", lambda: [values[0], values[1]]),
+        "number": NewTensor((), "float32", lambda: [torch.tensor(7.0)]),
+        "empty": NewTensor((0, 3), "int64", list),
         "tied": [tied, tied],
         "plain": {"name": "x", "sizes": (1, 2)},
     }
@@ -31,6 +31,6 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
 
 
 def test_parts_that_are_not_the_whole_are_refused(tmp_path: Path) -> None:
-    short = NewTensor((3,), torch.float32, lambda: [torch.zeros(2)])
+    short = NewTensor((3,), "float32", lambda: [torch.zeros(2)])
     with pytest.raises(CheckpointError, match="2 numbers were read for a tensor of 3"):
         write_torch_file(tmp_path / "file.pt", short)

@@ -11,6 +11,7 @@ from megamoe.models.attention import (
     encode_distances,
     hide_keys,
 )
+from megamoe.moe.dropout import Dropout
 from tests.oracles import attention as oracle
 
 B, D, A, W = 2, 6, 2, 5
@@ -57,7 +58,7 @@ def test_equals_the_loop_over_queries_heads_and_keys(
 ) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", query_block)
     span = AttentionSpan(memory_len, same_length, clamp_len)
-    module = draw(RelativeAttention(D, A, W, dropout=0.0))
+    module = draw(RelativeAttention(D, A, W, Dropout(0.0, "probabilities")))
     context = context_of(in_memory + segment_len)
     inputs = inputs_for(segment_len, in_memory + segment_len, span)
     weights = {name: getattr(module, name).weight for name in ("qkv", "position", "output")}
@@ -81,7 +82,7 @@ def test_equals_the_loop_over_queries_heads_and_keys(
 
 @pytest.mark.parametrize("segment_len", [127, 128, 129, 300])
 def test_query_blocks_do_not_matter(segment_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = draw(RelativeAttention(D, A, W, dropout=0.0))
+    module = draw(RelativeAttention(D, A, W, Dropout(0.0, "probabilities")))
     context = context_of(segment_len + 10)
     inputs = inputs_for(segment_len, segment_len + 10, AttentionSpan(10))
     results = []

@@ -17,15 +17,18 @@ CASES = [
 ]
 
 
-HEAD, PUBLISHED_HEAD = "head.", "project_head."
+OUR_HEAD = {"project_head.0": "head.hidden", "project_head.3": "head.output"}
 
 
 def ours(golden: Golden, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors below `prefix` under our names; the head's are ours but for their first word."""
+    """The tensors below `prefix` under our names."""
     published = golden.group(prefix)
-    head = {name: published.pop(name) for name in list(published) if name.startswith(PUBLISHED_HEAD)}
-    tensors = from_reference(published, golden.model_config)
-    return tensors | {name.replace(PUBLISHED_HEAD, HEAD): tensor for name, tensor in head.items()}
+    head = {
+        f"{ours}.{kind}": published.pop(f"{theirs}.{kind}")
+        for theirs, ours in OUR_HEAD.items()
+        for kind in ("weight", "bias")
+    }
+    return from_reference(published, golden.model_config) | head
 
 
 def classifier(golden: Golden) -> Classifier:

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ from megamoe.config.schema import MoEConfig
 from megamoe.errors import ConfigError
 from megamoe.models.attention import AttentionSpan
 from megamoe.models.transformer_xl import TransformerXL
+from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
+from megamoe.moe.randomness import token_keys
 from megamoe.moe.routing import RouterContext, Routing
 from tests.models.builders import VOCABULARY, small_config, small_model
 
@@ -122,20 +125,56 @@ def test_routers_are_told_what_they_may_look_at() -> None:
         small_config(n_layers=3), moe, seed=5, build_moe_layer=Witness, mean_over_ranks=on_all_ranks
     )
     ids_BS = tokens(4)
-    output = model(ids_BS, top_k=3, step=17)
+    output = model(ids_BS, top_k=3, step=17, rows=range(3, 5))
     assert [context.previous for context in contexts] == [None, *output.routings[:2]]
     for context in contexts:
         assert (context.step, context.seed, context.top_k) == (17, 5, 3)
         assert context.mean_over_ranks is on_all_ranks
         assert torch.equal(context.token_ids_T, ids_BS.flatten())
+        assert torch.equal(context.token_keys_T, token_keys(5, 17, range(3, 5), 4).flatten())
 
 
 def test_dropout_is_for_training_only() -> None:
     model = small_model(dropout=0.4, attention_dropout=0.3)
     ids_BS, targets_BS = tokens(5), tokens(5, seed=2)
-    assert not torch.equal(model(ids_BS, targets_BS).loss_BS, model(ids_BS, targets_BS).loss_BS)
+    losses = [model(ids_BS, targets_BS, step=step).loss_BS for step in (0, 1)]
+    assert not torch.equal(*losses)
     model.eval()
-    assert torch.equal(model(ids_BS, targets_BS).loss_BS, model(ids_BS, targets_BS).loss_BS)
+    losses = [model(ids_BS, targets_BS, step=step).loss_BS for step in (0, 1)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("moe_layers", ["all", "none"])
+def test_dropout_of_a_row_depends_on_no_other(moe_layers: str) -> None:
+    """The global batch at once, and in parts of 1 and 3 rows that say which they are."""
+    model = small_model(moe_layers=moe_layers, dropout=0.3, attention_dropout=0.2).double()
+    texts = [tokens(6, seed, batch=4) for seed in (1, 2, 3)]
+
+    def losses(rows: range | None) -> torch.Tensor:
+        part = slice(None) if rows is None else slice(rows.start, rows.stop)
+        memory, found = None, []
+        for step, (ids_BS, targets_BS) in enumerate(pairwise(texts)):
+            output = model(ids_BS[part], targets_BS[part], memory, step=step, rows=rows)
+            memory = output.memory
+            found.append(output.loss_BS)
+        return torch.cat(found, dim=1)
+
+    whole = losses(None)
+    assert_close(torch.cat([losses(range(1)), losses(range(1, 4))]), whole, atol=1e-12, rtol=0)
+
+
+def test_every_place_drops_units_of_its_own() -> None:
+    model = small_model(moe_layers="0", dropout=0.3, attention_dropout=0.2)
+    sites = [module.site for module in model.modules() if isinstance(module, Dropout)]
+    assert len(sites) == len(set(sites)) == 11
+    assert all(module.p > 0 for module in model.modules() if isinstance(module, Dropout))
+
+
+def test_training_draws_nothing_from_the_random_state_of_the_process() -> None:
+    model = small_model(dropout=0.3, attention_dropout=0.2)
+    before = torch.get_rng_state()
+    model(tokens(6), tokens(6, seed=2)).loss_BS.sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("where", ["dropout", "attention_dropout"])

@@ -35,6 +35,17 @@ def test_each_choice_reaches_its_expert_exactly_once(drawn):
 
 
 @settings(max_examples=80, deadline=None)
+@given(choices())
+def test_numbers_go_along_with_the_rows(drawn):
+    ids_TK, n_experts = drawn
+    x_TD = torch.arange(len(ids_TK), dtype=torch.float32)[:, None]
+    dispatched = EXCHANGE.dispatch(x_TD, ids_TK, n_experts)
+    values_T = torch.arange(len(ids_TK)) * 2**40 + 7
+    sent_N = EXCHANGE.send_along(values_T, dispatched)
+    assert sent_N.tolist() == [int(token) * 2**40 + 7 for token in dispatched.rows_ND.flatten()]
+
+
+@settings(max_examples=80, deadline=None)
 @given(choices(), st.sampled_from([torch.float32, torch.float64]))
 def test_identity_experts_return_the_input_times_the_sum_of_weights(drawn, dtype):
     ids_TK, n_experts = drawn

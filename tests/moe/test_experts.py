@@ -3,7 +3,9 @@ import torch
 
 from megamoe.moe import experts as paths
 from megamoe.moe.experts import Experts, Weights
+from megamoe.moe.randomness import draw
 from tests.oracles import moe as oracle
+from tests.oracles import randomness
 
 SIZES = {"n_experts": 4, "d_model": 16, "d_expert": 24}
 
@@ -16,10 +18,14 @@ def build(local=range(4), dropout=0.0, dtype=torch.float32, **changes):
     return experts.to(dtype)
 
 
+def keep_all(hidden, _first):
+    return hidden
+
+
 def compute(path, rows_ND, counts, stacks):
     """Output, and gradients of rows and stacks for a fixed upstream gradient."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (rows_ND, *stacks)]
-    y_ND = path(leaves[0], counts, Weights(*leaves[1:]), lambda hidden: hidden)
+    y_ND = path(leaves[0], counts, Weights(*leaves[1:]), keep_all)
     y_ND.backward(torch.linspace(-1, 1, y_ND.numel(), dtype=y_ND.dtype).view_as(y_ND))
     return [y_ND.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -74,7 +80,7 @@ def test_16_bit_rows_on_a_cpu_come_in_few_sizes():
     """Each new row count would be compiled; all that reach the products must be multiples of 64."""
     sizes = set()
 
-    def watch(hidden):
+    def watch(hidden, _first):
         sizes.add(len(hidden))
         return hidden
 
@@ -109,10 +115,29 @@ def test_initial_values():
     assert experts.w_out.shape == (8, 64, 128)
 
 
-@pytest.mark.parametrize("counts", [[8, 8, 8, 8], [0, 20, 2, 10]])
-def test_dropout_reaches_the_hidden_units_in_training_only(counts):
-    experts = build(dropout=0.5)
-    rows_ND = torch.randn(32, 16)
-    plain = build()(rows_ND, counts)
-    assert not torch.allclose(experts(rows_ND, counts), plain)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("one_by_one", [0, 20, 2, 10]), ("one_by_one", [8, 8, 8, 8]), ("one_by_one", [0, 0, 3, 64]),
+        ("batched", [8, 8, 8, 8]), ("grouped", [0, 20, 2, 10]), ("grouped", [0, 0, 0, 3]),
+    ],
+)  # fmt: skip
+def test_every_path_drops_the_units_that_token_and_expert_decide(name, counts, dtype, monkeypatch):
+    if name == "grouped" and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    monkeypatch.setattr(paths, "choose_path", lambda *_: getattr(paths, name))
+    experts = build(n_experts=8, local=range(4, 8), dropout=0.3, dtype=dtype)
+    rows_ND = torch.randn(sum(counts), 16, generator=torch.Generator().manual_seed(3)).to(dtype)
+    keys_N = draw(99, torch.arange(sum(counts)))
+    owners = [4 + e for e, count in enumerate(counts) for _ in range(count)]
+    expected = []
+    for row_D, key, expert in zip(rows_ND.double(), keys_N.tolist(), owners, strict=True):
+        key = randomness.at_site(randomness.splitmix64(key, expert), "layers.2.moe.experts")
+        w_in, b_in, w_out, b_out = (stack[expert - 4].double() for stack in experts.parameters())
+        kept = torch.tensor(randomness.keep(key, 24, 0.3))
+        expected.append(w_out @ ((w_in @ row_D + b_in).relu() * kept / (1 - 19661 / 65536)) + b_out)
+    y_ND = experts(rows_ND, counts, keys_N)
+    torch.testing.assert_close(y_ND.double(), torch.stack(expected), **TOLERANCE[dtype])
+    plain = build(n_experts=8, local=range(4, 8), dtype=dtype)(rows_ND, counts)
     assert torch.equal(experts.eval()(rows_ND, counts), plain)

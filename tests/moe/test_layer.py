@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 from megamoe.config.schema import MoEConfig, RouterConfig
 from megamoe.errors import ConfigError
 from megamoe.moe.layer import MoELayer
+from megamoe.moe.randomness import token_keys
 from megamoe.moe.routers import available
 from megamoe.moe.routing import Router, RouterContext, Routing
 from tests.oracles import moe as oracle
@@ -14,8 +15,9 @@ from tests.oracles import moe as oracle
 D, F = 6, 10
 
 
-def context(top_k, step=0):
-    return RouterContext(step=step, seed=5, top_k=top_k)
+def context(top_k, step=0, n_tokens=0):
+    keys_T = token_keys(5, step, range(1), n_tokens).flatten()
+    return RouterContext(step=step, seed=5, top_k=top_k, token_keys_T=keys_T)
 
 
 def build(policy="hyper", n_experts=4, dropout=0.0, d_model=D, d_expert=F, **options):
@@ -36,7 +38,7 @@ def gradients(layer, x, top_k, step=0):
     """Output, routing and {name: gradient} for a fixed upstream gradient; `x` counts as a parameter."""
     layer.zero_grad()
     x = x.detach().clone().requires_grad_()
-    y, routing = layer(x, context(top_k, step))
+    y, routing = layer(x, context(top_k, step, x.shape[1]))
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
     found = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return y.detach(), routing, {"x": x.grad, **found}
@@ -182,6 +184,16 @@ def test_checkpointing_keeps_fewer_bytes():
         return sum(sizes)
 
     assert kept(True) < kept(False) / 3
+
+
+def test_dropout_of_a_token_depends_on_no_other():
+    layer, x = build(dropout=0.3), tokens(30)
+    keys_T = token_keys(5, 0, range(1), 30).flatten()
+    whole, _ = layer(x, RouterContext(step=0, seed=5, top_k=2, token_keys_T=keys_T))
+    part, _ = layer(x[:, 12:20], RouterContext(step=0, seed=5, top_k=2, token_keys_T=keys_T[12:20]))
+    torch.testing.assert_close(part, whole[:, 12:20])
+    with pytest.raises(AssertionError, match="token_keys_T"):
+        layer(x, RouterContext(step=0, seed=5, top_k=2))
 
 
 @pytest.mark.parametrize("policy", available())

@@ -191,7 +191,7 @@ def _dropout(world: World) -> dict[str, Any]:
 
     def losses() -> list[float]:
         with torch.no_grad():
-            return [engine.forward(ids, ids).loss_BS.mean().item() for _ in range(2)]
+            return [engine.forward(ids, ids, step=step).loss_BS.mean().item() for step in range(2)]
 
     engine.train()
     in_training = losses()

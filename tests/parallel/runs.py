@@ -23,8 +23,8 @@ VOCAB, BATCH, SEGMENT, STEPS = 40, 8, 8, 3
 # gradient which is zero up to noise moves its weight equally little in both runs.
 SMALL: dict[str, Any] = {
     "model": {
-        "n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_inner": 24, "dropout": 0.0,
-        "segment_len": SEGMENT, "memory_len": SEGMENT, "init_std": 0.3,
+        "n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_inner": 24, "dropout": 0.1,
+        "attention_dropout": 0.1, "segment_len": SEGMENT, "memory_len": SEGMENT, "init_std": 0.3,
     },
     "moe": {
         "n_experts": 8, "d_expert": 12, "top_k": 2, "balance_loss": 0.1, "z_loss": 0.01,
@@ -104,13 +104,12 @@ def run_engine(run: RunConfig, ds: Mapping[str, Any], world: World) -> tuple[Tra
     engine = build_engine(run, ds, world)
     result = Trajectory()
     memories: list[Any] = [None] * engine.micro_batches
-    size = engine.layout.micro_batch_size
     for step in range(STEPS):
         losses, raws = [], []
         for i in range(engine.micro_batches):
-            first = engine.rows.start + i * size
-            rows_BN = batch(step)[first : first + size]
-            output = engine.forward(rows_BN[:, :-1], rows_BN[:, 1:], memories[i], step=step)
+            rows = engine.micro_batch_rows(i)
+            rows_BN = batch(step)[rows.start : rows.stop]
+            output = engine.forward(rows_BN[:, :-1], rows_BN[:, 1:], memories[i], step=step, rows=rows)
             memories[i] = output.memory
             extra, raw = auxiliary_loss(output.routings, run.moe, world.mean)
             losses.append(output.loss_BS.mean())
