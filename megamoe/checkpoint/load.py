@@ -13,8 +13,8 @@ from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.tokenizers import Tokenizer
 from megamoe.errors import CheckpointError, ConfigError, DataError
-from megamoe.models.classifier import Classifier
-from megamoe.models.transformer_xl import Backbone, TransformerXL
+from megamoe.models.model_of import model_of
+from megamoe.models.transformer_xl import Backbone
 from megamoe.parallel.placement import saved_buffers
 
 
@@ -70,9 +70,7 @@ def _without_values(config: RunConfig, n_weights: int, folder: Path) -> Backbone
         raise _wrong_config(folder, f"moe.n_experts = {moe.n_experts}: more than the weights it holds")
     try:
         with torch.device("meta"):
-            if config.task.name:
-                return Classifier(model, moe, n_classes=len(config.task.labels), seed=config.training.seed)
-            return TransformerXL(model, moe, seed=config.training.seed)
+            return model_of(config)
     except ConfigError as error:
         raise _wrong_config(folder, str(error)) from None
     except (RuntimeError, TypeError, ArithmeticError) as error:

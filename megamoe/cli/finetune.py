@@ -6,6 +6,7 @@ import os
 from megamoe.cli.train import add_deepspeed_arguments, add_local_rank
 from megamoe.config.load import read_file
 from megamoe.config.recipes import RECIPES
+from megamoe.training import signals
 
 SUMMARY = "fine-tune a language model into a sentence classifier, or go on with that"
 EXAMPLES = """\
@@ -50,13 +51,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune."""
+    signals.listen()
     ds = read_file(args.deepspeed_config) if args.deepspeed_config else None
     if hasattr(args, "local_rank"):
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    arguments = {"name": args.task, "checkpoint": args.checkpoint, "path": args.data}
+    overrides = [f"task.name={args.task}", *args.overrides]
+    if args.data:
+        overrides.append(f"task.path={args.data}")
     if args.from_scratch:
-        arguments["from_scratch"] = "true"
-    overrides = [*(f"task.{name}={value}" for name, value in arguments.items()), *args.overrides]
+        overrides.append("task.from_scratch=true")
 
     from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG
     from megamoe.parallel.launch import read_launch
@@ -64,4 +67,5 @@ def run(args: argparse.Namespace) -> int:
 
     config = configure_finetuning(args.checkpoint, args.recipe, args.config, overrides)
     finetune(config, DEFAULT_DS_CONFIG if ds is None else ds, read_launch())
+    signals.ignore()
     return 0

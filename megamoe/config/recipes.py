@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.config.load import from_dict, merge, nearest, parse_overrides, read_file
-from megamoe.config.schema import ModelConfig, RunConfig
+from megamoe.config.schema import OF_THE_VOCABULARY, ModelConfig, RunConfig
 from megamoe.errors import ConfigError
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "logging": {"every": 100},
     },
 }
-_OF_THE_VOCABULARY = ("vocab_size", "cutoffs", "div_val", "d_embed")
 
 
 def finetune_config(
@@ -77,6 +76,12 @@ def finetune_config(
     for layer in (copy.deepcopy(RECIPES[recipe]), asked):
         values = merge(values, layer)
     if values["task"].get("tokens") == "words":
-        values["model"] |= {name: getattr(ModelConfig, name) for name in _OF_THE_VOCABULARY}
+        values["model"] |= {name: getattr(ModelConfig, name) for name in OF_THE_VOCABULARY}
     values.setdefault("name", f"{values['task'].get('name', 'task')}-{saved.moe.router.name}")
-    return from_dict(values)
+    run = from_dict(values)
+    if run.evaluation.max_tokens:
+        raise ConfigError(
+            f"evaluation.max_tokens = {run.evaluation.max_tokens}: splits of sentences are scored as a whole;"
+            " leave it at 0"
+        )
+    return run

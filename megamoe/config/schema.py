@@ -102,6 +102,10 @@ class ModelConfig:
                      f"stay below the vocabulary of {self.vocab_size}")  # fmt: skip
 
 
+OF_THE_VOCABULARY = ("vocab_size", "cutoffs", "div_val", "d_embed")
+"""Options of `ModelConfig` that follow from how text is cut into tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """A routing policy by name, and that policy's own options."""

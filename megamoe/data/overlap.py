@@ -5,6 +5,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +47,7 @@ class Overlap:
     shared: int
     total: int
 
-    def require_below(self, limit: float, split: str, trained_on: str) -> None:
+    def require_below(self, limit: float, split: str, name: str) -> None:
         """Refuse figures of a split that training has seen.
 
         Raises:
@@ -55,7 +56,7 @@ class Overlap:
         if self.shared > limit * self.total:
             raise DataError(
                 f"task.max_overlap = {limit:g}: {self.shared} of the {self.total} sentences of the {split}"
-                f" split were trained on ({trained_on}), so its accuracy would say nothing; score other ones"
+                f" split of {name} were trained on, so its accuracy would say nothing; score other ones"
             )
 
 
@@ -70,7 +71,7 @@ def to_text(prints: Fingerprints) -> str:
     return base64.b64encode(prints.astype("<u8").tobytes()).decode("ascii")
 
 
-def from_text(text: str) -> Fingerprints:
+def from_text(text: Any) -> Fingerprints:
     """What `to_text` wrote.
 
     Raises:

@@ -3,6 +3,7 @@
 Shapes: B sentences, S tokens of the longest sentence of a batch.
 """
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,10 +15,11 @@ import torch
 from megamoe.config.schema import TaskConfig
 from megamoe.data.labelled import Example, LabelledText
 from megamoe.data.overlap import Fingerprints, Overlap, fingerprints, overlap
-from megamoe.data.tokenizers import UNKNOWN, Ids, Tokenizer, WordTokenizer
+from megamoe.data.tokenizers import UNKNOWN, Ids, ReferenceSymbolTokenizer, Tokenizer, WordTokenizer
 from megamoe.errors import DataError
 
 START, END = "<CLS>", "<S>"
+HELD_OUT = ("valid", "test")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ class SentenceSet:
         """Number of ids V."""
         return self.tokenizer.vocab_size
 
+    def require_unseen(self, split: str, max_overlap: float) -> None:
+        """Refuse to score a split of which more than a share of `max_overlap` was trained on.
+
+        Raises:
+            DataError: naming the split and how many of its sentences were.
+        """
+        self.overlaps[split].require_below(max_overlap, split, self.name)
+
 
 def word_tokenizer(text: LabelledText) -> WordTokenizer:
     """The published vocabulary: lower-cased words of all splits by frequency, and one for all others."""
@@ -81,7 +91,13 @@ def word_tokenizer(text: LabelledText) -> WordTokenizer:
     return WordTokenizer(words if UNKNOWN in words else [*words, UNKNOWN])
 
 
-def tokenize(text: LabelledText, task: TaskConfig, tokenizer: Tokenizer, max_len: int) -> SentenceSet:
+def tokenize(
+    text: LabelledText,
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    max_len: int,
+    trained_on: Fingerprints | None = None,
+) -> SentenceSet:
     """Labelled text as tokens, its splits compared with what is trained on.
 
     Args:
@@ -89,11 +105,14 @@ def tokenize(text: LabelledText, task: TaskConfig, tokenizer: Tokenizer, max_len
         task: says in which units they are read.
         tokenizer: that of the checkpoint, or `word_tokenizer`'s; a sentence ends as its lines do.
         max_len: tokens read of a sentence, the last ones.
+        trained_on: what a classifier was trained on before; None: the training sentences of `text`.
 
     Raises:
         DataError: the tokenizer has no id for something.
     """
-    trained_on = fingerprints(e.text for e in text.splits["train"])
+    if trained_on is None:
+        trained_on = fingerprints(e.text for e in text.splits["train"])
+    overlaps = {split: overlap((e.text for e in text.splits[split]), trained_on) for split in HELD_OUT}
     return SentenceSet(
         text.name, text.labels, text.is_sample, text.note, tokenizer,
         {
@@ -101,12 +120,23 @@ def tokenize(text: LabelledText, task: TaskConfig, tokenizer: Tokenizer, max_len
             for split, examples in text.splits.items()
         },
         trained_on,
-        {split: overlap((e.text for e in text.splits[split]), trained_on) for split in ("valid", "test")},
+        overlaps,
     )  # fmt: skip
 
 
 def _as_words(text: str) -> str:
     return f"{START} {text.lower()} {END}"
+
+
+def _as_line(text: str, tokenizer: Tokenizer) -> bytes:
+    """A line of `text`; what the symbols of a tokenizer cannot spell is in small letters, else a space."""
+    if not isinstance(tokenizer, ReferenceSymbolTokenizer):
+        return f"{text}\n".encode()
+    known = set(tokenizer.symbols.tolist())
+    if not known.intersection(string.ascii_uppercase.encode()):
+        text = text.lower()
+    spelt = bytes(byte if byte in known else ord(" ") for byte in text.encode())
+    return b" ".join(spelt.split()) + b"\n"
 
 
 def _encode(
@@ -115,11 +145,13 @@ def _encode(
     numbers = {label: number for number, label in enumerate(labels)}
     ids, n_cut = [], 0
     for example in examples:
-        text = _as_words(example.text) if task.tokens == "words" else f"{example.text}\n"
+        words = task.tokens == "words"
         try:
-            tokens = tokenizer.encode(text)
+            tokens = tokenizer.encode(_as_words(example.text) if words else _as_line(example.text, tokenizer))
         except DataError as error:
             raise DataError(f"{example.where}: {error}") from None
+        if not len(tokens):
+            raise DataError(f"{example.where}: holds nothing that the tokenizer of the checkpoint knows")
         n_cut += len(tokens) > max_len
         ids.append(tokens[-max_len:])
     return Sentences(ids, np.array([numbers[example.label] for example in examples], np.int64), n_cut)
@@ -133,19 +165,22 @@ class SentenceBatch(NamedTuple):
         padding_BS: True there.
         labels_B: int64.
         starts_epoch: True if memory must be dropped before.
+        n_tokens: tokens of the global batch, padding not counted.
     """
 
     input_ids_BS: torch.Tensor
     padding_BS: torch.Tensor
     labels_B: torch.Tensor
     starts_epoch: bool
+    n_tokens: int
 
 
 def make_batch(
     sentences: Sentences, indices: npt.NDArray[np.int64], rows: Sequence[int], *, starts_epoch: bool
 ) -> SentenceBatch:
     """Rows of the batch of sentences number `indices`. Its length does not depend on the rows."""
-    length = max(len(sentences.ids[i]) for i in indices)
+    lengths = [len(sentences.ids[i]) for i in indices]
+    length = max(lengths)
     input_ids_BS = torch.zeros(len(rows), length, dtype=torch.int64)
     padding_BS = torch.ones(len(rows), length, dtype=torch.bool)
     for place, row in enumerate(rows):
@@ -153,7 +188,7 @@ def make_batch(
         input_ids_BS[place, length - len(ids) :] = torch.from_numpy(ids.astype(np.int64))
         padding_BS[place, length - len(ids) :] = False
     labels_B = torch.from_numpy(sentences.labels[indices[list(rows)]])
-    return SentenceBatch(input_ids_BS, padding_BS, labels_B, starts_epoch)
+    return SentenceBatch(input_ids_BS, padding_BS, labels_B, starts_epoch, sum(lengths))
 
 
 class SentenceStream:

@@ -5,7 +5,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import deepspeed
@@ -17,8 +16,8 @@ from torch import nn
 
 from megamoe.config.schema import RunConfig
 from megamoe.errors import DistributedError
-from megamoe.models.classifier import Classifier
-from megamoe.models.transformer_xl import Backbone, TransformerXL
+from megamoe.models.model_of import model_of
+from megamoe.models.transformer_xl import Backbone
 from megamoe.moe.layer import MoELayer
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import Layout, layout_of
@@ -154,12 +153,9 @@ def global_grad_norm(model: nn.Module) -> float:
 
 
 def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -> Backbone:
-    """The model of a run, a classifier if it has a task, with this rank's share of the experts."""
-    kind = partial(Classifier, n_classes=len(run.task.labels)) if run.task.name else TransformerXL
-    model = kind(
-        replace(run.model, vocab_size=vocab_size),
-        run.moe,
-        seed=run.training.seed,
+    """The model of a run with this rank's share of the experts."""
+    model = model_of(
+        replace(run, model=replace(run.model, vocab_size=vocab_size)),
         build_moe_layer=moe_layer_builder(layout, world.rank),
         mean_over_ranks=world.mean,
     )

@@ -54,7 +54,7 @@ class Accuracy(Evaluation):
         return {
             "accuracy": f"{100 * self.figure(top_k):.2f} %",
             "95 % interval": f"{100 * low:.2f} to {100 * high:.2f} %",
-            "nats per sentence": f"{self.nats[top_k]:.4f}",
+            "nats": f"{self.nats[top_k]:.4f}",
         }
 
     def metrics(self) -> dict[str, float]:
@@ -92,6 +92,7 @@ def evaluate_sentences(
     world: World,
     *,
     step: int = 0,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Accuracy:
     """Score every sentence of `text[split]` once at each k, without gradient, the same on all ranks.
 
@@ -105,11 +106,15 @@ def evaluate_sentences(
         run: gives `evaluation` and the lengths of training, which the default memory depends on.
         world: the ranks that share the sentences.
         step: optimizer steps behind the model.
+        after_batch: called after each forward pass, at the same places on all ranks.
     """
     sentences = text.splits[split]
     correct, nats = {}, {}
     for top_k in top_ks:
-        found = _score(model, sentences, run, world, top_k=None if top_k == NO_EXPERTS else top_k, step=step)
+        found = _score(
+            model, sentences, run, world,
+            top_k=None if top_k == NO_EXPERTS else top_k, step=step, after_batch=after_batch,
+        )  # fmt: skip
         n_correct, loss = world.sum(found).tolist()
         correct[top_k], nats[top_k] = round(n_correct), loss / len(sentences)
     return Accuracy(
@@ -127,6 +132,7 @@ def _score(
     *,
     top_k: int | None,
     step: int,
+    after_batch: Callable[[], None],
 ) -> torch.Tensor:
     """This rank's number of right answers and sum of losses, [2] in float64."""
     span, device = evaluation_span(run), world.device
@@ -145,6 +151,7 @@ def _score(
         assert output.loss_B is not None
         right_B = output.logits_BC.argmax(dim=-1) == labels_B
         totals += torch.stack([right_B.double(), output.loss_B.double()]) @ weights_B.to(device)
+        after_batch()
     return totals
 
 

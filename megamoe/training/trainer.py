@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -212,13 +212,18 @@ class Trainer:
         self._beat("update")
         result = engine.step()
         self.step += 1
-        n_tokens = run.training.batch_size * batch.input_ids_BS.shape[1]
+        n_tokens = self._n_tokens(batch)
         self.tokens += n_tokens
         return StepRecord(
             step=self.step, lr=lr, top_k=top_k, loss=torch.stack(losses).mean(),
             auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
             tokens=n_tokens, routings=routings,
         )  # fmt: skip
+
+    def _n_tokens(self, batch: Any) -> int:
+        """Tokens of a batch over all ranks."""
+        n_tokens: int = self.run.training.batch_size * batch.input_ids_BS.shape[1]
+        return n_tokens
 
     def _forward(self, batch: Any, top_k: int) -> Iterator[tuple[torch.Tensor, tuple[Routing, ...]]]:
         """Mean loss and routings of each micro-batch; the next is read when the gradients of one are done."""
@@ -249,11 +254,10 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score the validation split at `moe.top_k` and at all experts; the latter decides what is best."""
-        moe, max_tokens = self.run.moe, self.run.evaluation.max_tokens
+        moe = self.run.moe
         evaluation = self._evaluate(
-            "valid", (moe.top_k, moe.n_experts), self.step,
-            max_tokens=max_tokens, after_segment=lambda: self._beat("validation"),
-        )  # fmt: skip
+            "valid", (moe.top_k, moe.n_experts), self.step, lambda: self._beat("validation")
+        )
         self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
         figure = evaluation.selection
         if math.isfinite(figure) and (self.best_figure is None or figure < self.best_figure):
@@ -269,20 +273,30 @@ class Trainer:
             best = restore_checkpoint(reader, self.engine, self.world, load_optimizer=False)
             # After a resume from before it, the folder knows better than this process.
             self.best_figure, self.best_step, step = best.best_metric, best.step, best.step
-        evaluation = self._evaluate(
-            "test", self.run.evaluation.top_ks, step, after_segment=self._stop_scoring_if_asked
-        )
+        evaluation = self._evaluate("test", self.run.evaluation.top_ks, step, self._stop_scoring_if_asked)
         self._tell("on_evaluation", evaluation)
 
-    def _evaluate(self, split: str, wanted: Sequence[int], step: int, **options: Any) -> Evaluation:
+    def _evaluate(
+        self, split: str, wanted: Sequence[int], step: int, after_forward: Callable[[], None]
+    ) -> Evaluation:
         self.engine.eval()
         try:
-            return evaluate(
-                self.engine.forward, self.corpus, split, top_ks_to_score(self.run, wanted), self.run,
-                self.world, step=step, **options,
-            )  # fmt: skip
+            return self._score(split, top_ks_to_score(self.run, wanted), step, after_forward)
         finally:
             self.engine.train()
+
+    def _score(
+        self, split: str, top_ks: Sequence[int], step: int, after_forward: Callable[[], None]
+    ) -> Evaluation:
+        """Figures of a split; the engine is in evaluation mode."""
+        return evaluate(
+            self.engine.forward, self.corpus, split, top_ks, self.run, self.world, step=step,
+            max_tokens=self.run.evaluation.max_tokens if split == "valid" else 0,
+            after_segment=after_forward,
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """Start from step 0; on all ranks, before `train`. The engine has drawn the initial weights."""
 
     def resume(self, reader: CheckpointReader) -> None:
         """Go on where a checkpoint was saved; on all ranks, before `train`.
@@ -335,16 +349,18 @@ class Trainer:
             self._tell("on_checkpoint", folder)
 
     def _state(self) -> TrainingState:
-        corpus = self.corpus
         return TrainingState(
             step=self.step,
             tokens_seen=self.tokens,
             best_metric=self.best_figure,
             best_step=self.best_step,
             schedule=asdict(self.plateau),
-            corpus={name: getattr(corpus, name) for name in ("name", "unit", "metric", "is_sample")},
-            tokenizer=corpus.tokenizer.to_dict(),
+            corpus=self._describe_corpus(),
+            tokenizer=self.corpus.tokenizer.to_dict(),
         )  # fmt: skip
+
+    def _describe_corpus(self) -> dict[str, Any]:
+        return {name: getattr(self.corpus, name) for name in ("name", "unit", "metric", "is_sample")}
 
     def _tell(self, hook: str, *what: Any) -> None:
         for callback in self.callbacks:

@@ -40,11 +40,14 @@ class ResultsCallback(Callback):
         # A run that starts from the last step of another, or whose validation is never finite, has no best.
         best = trainer.best_step is not None
         weights = folder.best if best else trainer.last_checkpoint
-        which = "weights with the lowest validation loss" if best else "weights of the last step"
+        which = "weights of the last step"
+        if best:
+            figure = "fewest validation errors" if corpus.metric == "accuracy" else "lowest validation loss"
+            which = f"weights with the {figure}"
         lines = [
-            f"\n{which:<39}  {weights}",
-            f"{'figures and curves':<39}  {folder.results}, {image}",
-            f"{'everything that was measured':<39}  {folder.metrics}\n",
+            f"\n{which:<41}  {weights}",
+            f"{'figures and curves':<41}  {folder.results}, {image}",
+            f"{'everything that was measured':<41}  {folder.metrics}\n",
             f"next: {_script('megamoe')} evaluate {weights}  # score it again, at any k",
         ]
         if trainer.run.logging.tensorboard:
