@@ -42,12 +42,14 @@ class ResultsCallback(Callback):
         weights = folder.best if best else trainer.last_checkpoint
         which = "weights of the last step"
         if best:
-            figure = "fewest validation errors" if corpus.metric == "accuracy" else "lowest validation loss"
-            which = f"weights with the {figure}"
+            figure = (
+                "best validation accuracy" if corpus.metric == "accuracy" else "the lowest validation loss"
+            )
+            which = f"weights with {figure}"
         lines = [
-            f"\n{which:<41}  {weights}",
-            f"{'figures and curves':<41}  {folder.results}, {image}",
-            f"{'everything that was measured':<41}  {folder.metrics}\n",
+            f"\n{which:<39}  {weights}",
+            f"{'figures and curves':<39}  {folder.results}, {image}",
+            f"{'everything that was measured':<39}  {folder.metrics}\n",
             f"next: {_script('megamoe')} evaluate {weights}  # score it again, at any k",
         ]
         if trainer.run.logging.tensorboard:
