@@ -26,8 +26,9 @@ LAST_STEP = 14
 SETTINGS = (
     "task.name=sst2", "model.segment_len=24", "model.memory_len=10", "task.bucket=2", "optimizer.lr=1e-2",
     "optimizer.warmup_steps=0", "optimizer.eps=1e-4", "training.batch_size=4",
-    f"training.max_steps={LAST_STEP}", "evaluation.batch_size=3", "evaluation.every=4", "evaluation.memory_len=6", "evaluation.top_ks=1,4",
-    "checkpoint.every=5", "logging.every=1", "logging.tensorboard=false",
+    f"training.max_steps={LAST_STEP}", "evaluation.batch_size=3", "evaluation.every=4",
+    "evaluation.memory_len=6", "evaluation.top_ks=1,4", "checkpoint.every=5", "logging.every=1",
+    "logging.tensorboard=false",
 )  # fmt: skip
 WORDS = (("dull", "bad", "thin"), ("fun", "good", "witty"))
 

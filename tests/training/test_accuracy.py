@@ -98,8 +98,8 @@ def test_wilson_interval() -> None:
 
 def test_figures_and_what_decides() -> None:
     found = Accuracy(
-        corpus="toy", split="valid", metric="accuracy", tokens=10, nats={2: 0.5, 4: 0.4}, correct={2: 9, 4: 7},
-        n_classes=2, overlap=1,
+        corpus="toy", split="valid", metric="accuracy", tokens=10, nats={2: 0.5, 4: 0.4},
+        correct={2: 9, 4: 7}, n_classes=2, overlap=1,
     )  # fmt: skip
     assert found.selection == pytest.approx(0.3)
     assert found.metrics() == {
