@@ -134,7 +134,7 @@ class ClassifierTrainer(Trainer):
         )  # fmt: skip
 
     def _describe_corpus(self) -> dict[str, Any]:
-        return super()._describe_corpus() | {"trained_on": self.trained_on}
+        return super()._describe_corpus() | {"metric": "error rate", "trained_on": self.trained_on}
 
 
 def _require_same_sentences(reader: CheckpointReader, run: RunConfig, trained_on: str) -> None:

@@ -15,6 +15,7 @@ from megamoe.errors import CheckpointError, ConfigError
 from megamoe.parallel.launch import World, read_launch, start
 from megamoe.training.evaluation import Evaluation
 from tests.checkpoint.runs import differing
+from tests.convert.tool import convert
 from tests.ranks import run_ranks
 from tests.training.classifiers import (
     LAST_STEP,
@@ -175,6 +176,22 @@ def test_what_is_trained_and_what_stays(trained, n_ranks):
     for name, parameter in model.named_parameters():
         if not name.startswith("head.") and "router" not in name:
             assert not torch.equal(parameter, language.tensor("weight", name)), name
+
+
+def test_an_export_is_the_classifier(trained, tmp_path):
+    folder, _ = trained[1]
+    convert("export", folder / "runs/uncut", tmp_path / "exported")
+    ours, exported = load_model(folder / "runs/uncut"), load_model(tmp_path / "exported")
+    inputs = torch.arange(12).view(2, 6), torch.zeros(2, 6, dtype=torch.bool)
+    assert torch.equal(exported(*inputs).logits_BC, ours(*inputs).logits_BC)
+    card = (tmp_path / "exported/README.md").read_text()
+    for shown in (
+        "- text-classification\n",
+        "sentence classifier, exported",
+        "| Classes | 0, 1 |",
+        "error rate",
+    ):
+        assert shown in card
 
 
 def test_recipes_differ_in_what_is_taken_over(trained):

@@ -40,12 +40,8 @@ class ResultsCallback(Callback):
         # A run that starts from the last step of another, or whose validation is never finite, has no best.
         best = trainer.best_step is not None
         weights = folder.best if best else trainer.last_checkpoint
-        which = "weights of the last step"
-        if best:
-            figure = (
-                "best validation accuracy" if corpus.metric == "accuracy" else "the lowest validation loss"
-            )
-            which = f"weights with {figure}"
+        figure = "best validation accuracy" if corpus.metric == "accuracy" else "the lowest validation loss"
+        which = f"weights with {figure}" if best else "weights of the last step"
         lines = [
             f"\n{which:<39}  {weights}",
             f"{'figures and curves':<39}  {folder.results}, {image}",
