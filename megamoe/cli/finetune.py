@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     ds = read_file(args.deepspeed_config) if args.deepspeed_config else None
     if hasattr(args, "local_rank"):
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    overrides = [f"task.name={args.task}", *args.overrides]
+    overrides = [*args.overrides, f"task.name={args.task}"]
     if args.data:
         overrides.append(f"task.path={args.data}")
     if args.from_scratch:

@@ -141,7 +141,16 @@ def agree(world: World, action: Callable[[], T]) -> T:
 
 
 def read_corpus(run: RunConfig) -> tuple[RunConfig, Corpus]:
-    """The corpus of a language model, and the run with its vocabulary."""
+    """The corpus of a language model, and the run with its vocabulary.
+
+    Raises:
+        ConfigError: the run is to train a classifier, or its vocabulary is not that of the corpus.
+        DataError: the corpus cannot be read.
+    """
+    if run.task.name:
+        raise ConfigError(
+            f"task.name = {run.task.name!r}: is what megamoe finetune trains; leave it out here"
+        )
     corpus = load_checked_corpus(run)
     return with_vocabulary(run, corpus), corpus
 

@@ -107,4 +107,7 @@ def test_a_classifier_is_no_start_for_a_language_model(classifier: Path, project
     )
     assert refused.code == 2
     assert "head." in refused.errors or "output." in refused.errors
+    refused = megamoe("train", "--config", "runs/sst2-hyper/config.json", "name=refused", folder=project)
+    assert refused.code == 2
+    assert "task.name = 'sst2': is what megamoe finetune trains; leave it out here" in refused.errors
     assert not (project / "runs/refused").exists()

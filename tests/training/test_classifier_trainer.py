@@ -30,7 +30,10 @@ from tests.training.runs import FP32, Recorder
 STAGE_0, STAGE_2, STAGE_3 = ({"zero_optimization": {"stage": stage}} for stage in (0, 2, 3))
 # Options and DeepSpeed config by the number of ranks; all are the same run.
 LAYOUTS: dict[int, dict[str, tuple[list[str], Any]]] = {
-    1: {"one rank": ([], FP32), "stage 0": (["training.micro_batch_size=2"], STAGE_0)},
+    1: {
+        "one rank": ([], FP32),
+        "stage 0": (["training.micro_batch_size=2", "training.activation_checkpointing=true"], STAGE_0),
+    },
     2: {
         "experts spread": (["moe.ep_size=2"], FP32),
         "micro-batches": (["moe.ep_size=1", "training.micro_batch_size=1"], STAGE_2),
