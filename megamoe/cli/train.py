@@ -2,10 +2,9 @@
 
 import argparse
 import os
-from dataclasses import replace
 
 from megamoe.config import load_config
-from megamoe.config.load import read_file
+from megamoe.config.load import named, read_file
 from megamoe.training import signals
 
 SUMMARY = "train a model, or go on with a run"
@@ -58,9 +57,7 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train."""
     signals.listen()
-    config = load_config(preset=args.preset, file=args.config, overrides=args.overrides)
-    if not config.name:
-        config = replace(config, name=f"{args.preset or 'run'}-{config.moe.router.name}")
+    config = named(load_config(preset=args.preset, file=args.config, overrides=args.overrides), args.preset)
     ds = read_file(args.deepspeed_config) if args.deepspeed_config else None
     if hasattr(args, "local_rank"):
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

@@ -11,8 +11,9 @@ import torch
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.transfer import transfer_weights
 from megamoe.config.schema import RunConfig
+from megamoe.data.corpus import Corpus
 from megamoe.data.overlap import to_text
-from megamoe.data.sentences import SentenceBatch, SentenceStream, make_batch
+from megamoe.data.sentences import SentenceBatch, SentenceSet, SentenceStream, make_batch
 from megamoe.errors import CheckpointError
 from megamoe.moe.routing import Routing
 from megamoe.training.accuracy import Accuracy, evaluate_sentences
@@ -80,18 +81,38 @@ class ClassifierTrainer(Trainer):
         """Go on where a checkpoint was saved; on all ranks, before `train`.
 
         Raises:
-            CheckpointError: it is of another model, was trained on other sentences or in another order.
+            CheckpointError: it is of another model.
         """
-        _require_same_sentences(reader, self.run, self.trained_on)
         super().resume(reader)
         # The run folder that it names may have gone on since.
         started_from = reader.config.task.checkpoint
         self.run = replace(self.run, task=replace(self.run.task, checkpoint=started_from))
 
-    @property
-    def trained_on(self) -> str:
-        """Fingerprints of the training sentences."""
-        return to_text(self.corpus.trained_on)
+    @staticmethod
+    def require_resumable(reader: CheckpointReader, run: RunConfig, corpus: Corpus | SentenceSet) -> None:
+        """Refuse other sentences, which the checkpoint would not say that it saw, and another order.
+
+        Raises:
+            CheckpointError: the option that differs.
+        """
+        assert isinstance(corpus, SentenceSet)
+        where = f"checkpoint {str(reader.folder)!r}"
+        if not reader.config.task.name:
+            raise CheckpointError(
+                f"checkpoint.resume: {where} is a language model; give it as task.checkpoint"
+            )
+        for section, name in _ORDER_OF_SENTENCES:
+            here, there = (getattr(getattr(config, section), name) for config in (run, reader.config))
+            if here != there:
+                raise CheckpointError(
+                    f"{section}.{name} = {here!r}: {where} was trained with {there!r}, and what it has read"
+                    " follows from that; give the same, or the run another name"
+                )
+        if reader.state.corpus.get("trained_on") != to_text(corpus.trained_on):
+            raise CheckpointError(
+                f"task.path = {run.task.path!r}: {where} was trained on other sentences; give the run another"
+                " name"
+            )
 
     def _n_tokens(self, batch: SentenceBatch) -> int:
         return batch.n_tokens
@@ -134,23 +155,7 @@ class ClassifierTrainer(Trainer):
         )  # fmt: skip
 
     def _describe_corpus(self) -> dict[str, Any]:
-        return super()._describe_corpus() | {"metric": "error rate", "trained_on": self.trained_on}
-
-
-def _require_same_sentences(reader: CheckpointReader, run: RunConfig, trained_on: str) -> None:
-    """Refuse to go on with other sentences, which would be missing from what the checkpoint says it saw."""
-    where = f"checkpoint {str(reader.folder)!r}"
-    if not reader.config.task.name:
-        raise CheckpointError(f"checkpoint.resume: {where} is a language model; give it as task.checkpoint")
-    for section, name in _ORDER_OF_SENTENCES:
-        here, there = (getattr(getattr(config, section), name) for config in (run, reader.config))
-        if here != there:
-            raise CheckpointError(
-                f"{section}.{name} = {here!r}: {where} was trained with {there!r}, and what it has read"
-                " follows from that; give the same, or the run another name"
-            )
-    if reader.state.corpus.get("trained_on") != trained_on:
-        raise CheckpointError(
-            f"task.path = {run.task.path!r}: {where} was trained on other sentences; give the run another"
-            " name"
-        )
+        return super()._describe_corpus() | {
+            "metric": "error rate",
+            "trained_on": to_text(self.corpus.trained_on),
+        }

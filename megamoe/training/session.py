@@ -85,7 +85,9 @@ def conduct(
         callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
         agree(world, lambda: lock.acquire() if world.is_main else None)
         checkpoint = _checkpoint_to_resume(run, folder, world)
-        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, text))
+        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, text, trainer_class))
+        if _is_finished(reader, run, folder, world):
+            return
         trainer = trainer_class(run, ds_config, world, text, folder, callbacks)
         if reader is not None:
             trainer.resume(reader)
@@ -237,13 +239,14 @@ def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
 
 
 def _open_checkpoint(
-    checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Text
+    checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Text, trainer_class: type[Trainer]
 ) -> CheckpointReader | None:
     if checkpoint is None:
         return None
     reader = CheckpointReader(checkpoint)
     require_same_tokens(reader, corpus)
     require_same_options(reader, run.model, run.moe)
+    trainer_class.require_resumable(reader, run, corpus)
     if folder.holds(checkpoint):
         _require_same_run(reader, run, corpus)
     return reader
@@ -273,6 +276,19 @@ def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Text) ->
             f"training.max_steps = {run.training.max_steps}: {where} has done {reader.state.step}; give as"
             " many or more, or another name"
         )
+
+
+def _is_finished(reader: CheckpointReader | None, run: RunConfig, folder: RunFolder, world: World) -> bool:
+    """Whether all steps are done and scored, by the word of rank 0, which then says so."""
+    if reader is None or run.checkpoint.resume != "auto" or reader.state.step < run.training.max_steps:
+        return False
+    finished = world.gather_objects(world.is_main and folder.is_scored(run.training.max_steps))[0]
+    if finished and world.is_main:
+        print(
+            f"{folder.root}: all {run.training.max_steps:,} steps are done and scored ({folder.results});"
+            " training.max_steps goes on, megamoe evaluate scores again"
+        )
+    return finished
 
 
 def _rehearse(trainer: Trainer) -> None:

@@ -298,6 +298,14 @@ class Trainer:
     def begin(self) -> None:
         """Start from step 0; on all ranks, before `train`. The engine has drawn the initial weights."""
 
+    @staticmethod
+    def require_resumable(reader: CheckpointReader, run: RunConfig, corpus: Corpus | SentenceSet) -> None:
+        """Refuse a checkpoint that `run` cannot go on from, beyond what is true of every checkpoint.
+
+        Raises:
+            CheckpointError: what differs, and the remedy.
+        """
+
     def resume(self, reader: CheckpointReader) -> None:
         """Go on where a checkpoint was saved; on all ranks, before `train`.
 

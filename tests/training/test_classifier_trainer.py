@@ -13,7 +13,9 @@ from megamoe.checkpoint.load import load_model
 from megamoe.checkpoint.reader import CheckpointReader, find_latest
 from megamoe.errors import CheckpointError, ConfigError
 from megamoe.parallel.launch import World, read_launch, start
+from megamoe.training.classifier_trainer import ClassifierTrainer
 from megamoe.training.evaluation import Evaluation
+from megamoe.training.finetune import read_sentences
 from tests.checkpoint.runs import differing
 from tests.convert.tool import convert
 from tests.ranks import run_ranks
@@ -66,7 +68,7 @@ def described(recorders: list[Recorder]) -> dict[int, dict[str, Any]]:
     return {step: plain(scored) for recorder in recorders for step, scored in recorder.evaluations}
 
 
-def refusals(world: World, language: Path) -> dict[str, str]:
+def refusals(language: Path) -> dict[str, str]:
     """What is said when a run folder is gone on with in another way."""
     folder = Path(classifier_run(language, "uncut").output_dir)
     checkpoints = {"classifier": find_latest(folder / "uncut"), "language": language}
@@ -76,10 +78,11 @@ def refusals(world: World, language: Path) -> dict[str, str]:
         ("sentences", "classifier", "task.valid_fraction=0.3"),
         ("language", "language", "task.bucket=2"),
     ):
-        run = classifier_run(language, "uncut", override, f"task.path={folder.parent / 'two files'}")
-        trainer = build_classifier(run, FP32, world, Recorder())
+        run, sentences = read_sentences(
+            classifier_run(language, "uncut", override, f"task.path={folder.parent / 'two files'}")
+        )
         with pytest.raises(CheckpointError) as error:
-            trainer.resume(CheckpointReader(checkpoints[checkpoint]))
+            ClassifierTrainer.require_resumable(CheckpointReader(checkpoints[checkpoint]), run, sentences)
         said[case] = str(error.value)
     return said
 
@@ -98,7 +101,7 @@ def run_everything(folder: str) -> dict[str, Any]:
         means = [float(world.mean(torch.tensor(step["loss"]))) for step in recorder.steps]
         result["layouts"][name] = (means, described([recorder]))
     result["resumed"] = resume_twice(world, language)
-    result["refused"] = refusals(world, language)
+    result["refused"] = refusals(language)
     if world.world_size == 1:
         for name, recipe, override in (
             ("words", "reference", "training.max_steps=1"),
