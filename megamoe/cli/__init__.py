@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megamoe import __version__
-from megamoe.cli import config, env, evaluate, presets, routers, train
+from megamoe.cli import config, env, evaluate, finetune, presets, routers, train
 from megamoe.errors import ConfigError, ExitCode, LostRankError, MegaMoEError, StoppedError
 
 COMMANDS = {
     "train": train,
+    "finetune": finetune,
     "evaluate": evaluate,
     "config": config,
     "presets": presets,

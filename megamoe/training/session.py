@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from megamoe.checkpoint.matching import require_same_options
 from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus, load_corpus
+from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError, StoppedError
 from megamoe.moe.losses import auxiliary_loss
@@ -34,6 +35,7 @@ from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.trainer import Trainer
 
 T = TypeVar("T")
+Text: TypeAlias = Corpus | SentenceSet
 
 
 def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
@@ -50,6 +52,25 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
         LostRankError: another rank does not answer.
         MegaMoEError: something does not fit. Nothing has been written then.
     """
+    conduct(run, ds, launch, read_corpus, Trainer)
+
+
+def conduct(
+    run: RunConfig,
+    ds: Mapping[str, Any],
+    launch: Launch,
+    read_text: Callable[[RunConfig], tuple[RunConfig, Text]],
+    trainer_class: type[Trainer],
+) -> None:
+    """What training and fine-tuning share; see `train`.
+
+    Args:
+        run: with a name.
+        ds: DeepSpeed config, in which "auto" is resolved.
+        launch: who this process is.
+        read_text: the text, and the run with what follows from it; without communication.
+        trainer_class: what trains.
+    """
     ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
     resolve_options(run.moe.router)
     top_ks_to_score(run, run.evaluation.top_ks)
@@ -60,19 +81,20 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
         asked = signals.agreed(world)
         if asked is not None:
             raise StoppedError(f"stopped on {asked.name} before the first step")
-        corpus = agree(world, lambda: load_checked_corpus(run))
-        run = with_vocabulary(run, corpus)
+        run, text = agree(world, lambda: read_text(run))
         callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
         agree(world, lambda: lock.acquire() if world.is_main else None)
         checkpoint = _checkpoint_to_resume(run, folder, world)
-        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, corpus))
+        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, text, trainer_class))
         if _is_finished(reader, run, folder, world):
             return
-        trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
+        trainer = trainer_class(run, ds_config, world, text, folder, callbacks)
         if reader is not None:
             trainer.resume(reader)
+        else:
+            trainer.begin()
         _rehearse(trainer)
-        agree(world, lambda: _make_folder(run, ds_config, folder, lock) if world.is_main else None)
+        agree(world, lambda: _make_folder(trainer.run, ds_config, folder, lock) if world.is_main else None)
         trainer.train()
 
 
@@ -120,7 +142,22 @@ def agree(world: World, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def with_vocabulary(run: RunConfig, corpus: Corpus) -> RunConfig:
+def read_corpus(run: RunConfig) -> tuple[RunConfig, Corpus]:
+    """The corpus of a language model, and the run with its vocabulary.
+
+    Raises:
+        ConfigError: the run is to train a classifier, or its vocabulary is not that of the corpus.
+        DataError: the corpus cannot be read.
+    """
+    if run.task.name:
+        raise ConfigError(
+            f"task.name = {run.task.name!r}: is what megamoe finetune trains; leave it out here"
+        )
+    corpus = load_checked_corpus(run)
+    return with_vocabulary(run, corpus), corpus
+
+
+def with_vocabulary(run: RunConfig, corpus: Text) -> RunConfig:
     """`run` with `model.vocab_size` taken from the data, or checked against it.
 
     Raises:
@@ -145,7 +182,7 @@ def load_checked_corpus(run: RunConfig) -> Corpus:
     return corpus
 
 
-def require_same_tokens(reader: CheckpointReader, corpus: Corpus) -> None:
+def require_same_tokens(reader: CheckpointReader, corpus: Text) -> None:
     """Refuse a checkpoint whose token ids mean something else than those of `corpus`.
 
     Raises:
@@ -202,19 +239,20 @@ def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
 
 
 def _open_checkpoint(
-    checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Corpus
+    checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Text, trainer_class: type[Trainer]
 ) -> CheckpointReader | None:
     if checkpoint is None:
         return None
     reader = CheckpointReader(checkpoint)
     require_same_tokens(reader, corpus)
     require_same_options(reader, run.model, run.moe)
+    trainer_class.require_resumable(reader, run, corpus)
     if folder.holds(checkpoint):
         _require_same_run(reader, run, corpus)
     return reader
 
 
-def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Corpus) -> None:
+def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Text) -> None:
     """Refuse to go on in a run folder with another text, at another place in it, or past the end.
 
     Raises:
@@ -254,11 +292,11 @@ def _is_finished(reader: CheckpointReader | None, run: RunConfig, folder: RunFol
 
 
 def _rehearse(trainer: Trainer) -> None:
-    """Route two tokens, so that what only a forward pass can refuse is refused before anything is written."""
+    """Route the probe, so that what only a forward pass can refuse is refused before anything is written."""
     engine = trainer.engine
     engine.eval()
     with torch.no_grad():
-        output = engine.forward(torch.zeros(1, 2, dtype=torch.int64, device=engine.device), step=trainer.step)
+        output = engine.forward(**trainer.probe(), step=trainer.step)
         auxiliary_loss(output.routings, trainer.run.moe, trainer.world.mean)
     engine.train()
 
