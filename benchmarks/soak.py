@@ -300,7 +300,7 @@ class Soak:
         return reader.state.step
 
     def _being_written(self) -> int | None:
-        """Step of the checkpoint that still has its temporary name; one being deleted is older than others."""
+        """Step of the checkpoint under a temporary name, which is newer than all others; None: there is none."""
         complete = [step for step, _ in step_folders(self.run / "checkpoints")]
         newest = max(complete, default=0) // EVERY * EVERY
         folder = self.run / "checkpoints" / step_folder(newest + EVERY)
