@@ -164,7 +164,7 @@ class Kill:
 def choose(seed: int, n_kills: int) -> list[Plan]:
     """A third while writing, a fifth while resuming, which the first cannot be, the rest in training."""
     rng = random.Random(seed)
-    moments = ["writing"] * max(1, n_kills // 3) + ["resuming"] * (n_kills // 5)
+    moments = ["writing"] * max(1, n_kills // 3) + ["resuming"] * -(-n_kills // 5)
     moments += ["training"] * (n_kills - len(moments))
     rng.shuffle(moments)
     while moments[0] == "resuming":
@@ -300,7 +300,7 @@ class Soak:
         return reader.state.step
 
     def _being_written(self) -> int | None:
-        """Step of the checkpoint under a temporary name, which is newer than all others; None: there is none."""
+        """Step of a checkpoint under its temporary name that is newer than all others; None: there is none."""
         complete = [step for step, _ in step_folders(self.run / "checkpoints")]
         newest = max(complete, default=0) // EVERY * EVERY
         folder = self.run / "checkpoints" / step_folder(newest + EVERY)
