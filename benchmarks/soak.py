@@ -300,7 +300,7 @@ class Soak:
         return reader.state.step
 
     def _being_written(self) -> int | None:
-        """Step of a checkpoint under its temporary name, newer than all complete ones; None: there is none."""
+        """Step of a checkpoint that still has its temporary name and is newer than all complete ones."""
         complete = [step for step, _ in step_folders(self.run / "checkpoints")]
         newest = max(complete, default=0) // EVERY * EVERY
         folder = self.run / "checkpoints" / step_folder(newest + EVERY)

@@ -25,6 +25,7 @@ from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.launch import GROUP_TIMEOUT, Launch, World, start
 from megamoe.parallel.lost import is_lost_rank, lost_rank
+from megamoe.parallel.tie import tied
 from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
@@ -60,18 +61,27 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
         asked = signals.agreed(world)
         if asked is not None:
             raise StoppedError(f"stopped on {asked.name} before the first step")
-        corpus = agree(world, lambda: load_checked_corpus(run))
-        run = with_vocabulary(run, corpus)
-        callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
-        agree(world, lambda: lock.acquire() if world.is_main else None)
-        checkpoint = _checkpoint_to_resume(run, folder, world)
-        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, corpus))
-        trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
-        if reader is not None:
-            trainer.resume(reader)
-        _rehearse(trainer)
-        agree(world, lambda: _make_folder(run, ds_config, folder, lock) if world.is_main else None)
+        with tied(world, launch.address[0]):
+            trainer = _set_up(run, ds_config, world, folder, lock)
         trainer.train()
+
+
+def _set_up(
+    run: RunConfig, ds_config: Mapping[str, Any], world: World, folder: RunFolder, lock: RunLock
+) -> Trainer:
+    """Everything but training; the run folder is made last."""
+    corpus = agree(world, lambda: load_checked_corpus(run))
+    run = with_vocabulary(run, corpus)
+    callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
+    agree(world, lambda: lock.acquire() if world.is_main else None)
+    checkpoint = _checkpoint_to_resume(run, folder, world)
+    reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, corpus))
+    trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
+    if reader is not None:
+        trainer.resume(reader)
+    _rehearse(trainer)
+    agree(world, lambda: _make_folder(run, ds_config, folder, lock) if world.is_main else None)
+    return trainer
 
 
 @contextmanager
