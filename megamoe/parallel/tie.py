@@ -96,24 +96,26 @@ class Tie:
             selector.register(listener, selectors.EVENT_READ)
             over = False
             while not over:
-                over = self._over.is_set()  # then all are here, some perhaps not accepted yet
+                over = self._over.is_set()  # all have connected then, and some wait to be accepted
                 for key, _ in selector.select(timeout=0 if over else 0.1):
                     if key.fileobj is listener:
                         peer = listener.accept()[0]
                         selector.register(peer, selectors.EVENT_READ)
                         heard[peer] = b""
-                        continue
-                    received = _receive(key.fileobj)
-                    heard[key.fileobj] += received
-                    if received:
-                        continue
-                    selector.unregister(key.fileobj)
-                    _, known, rank = heard.pop(key.fileobj).decode(errors="replace").partition(f"{word} ")
-                    if known and not rank.endswith(RELEASED.decode()):
-                        self._end(f"rank {rank.strip()}")
+                    elif received := _receive(key.fileobj):
+                        heard[key.fileobj] += received
+                    else:
+                        selector.unregister(key.fileobj)
+                        self._judge(heard.pop(key.fileobj).decode(errors="replace"), word)
         for peer in heard:
             with suppress(OSError), peer:
                 peer.sendall(RELEASED)
+
+    def _judge(self, heard: str, word: str) -> None:
+        """End if who has said this and closed the connection was a rank that had not released it."""
+        _, known, rank = heard.partition(f"{word} ")
+        if known and not rank.endswith(RELEASED.decode()):
+            self._end(f"rank {rank.strip()}")
 
     def _end(self, lost: str) -> None:
         """Leave without the main thread, which may wait for the rank that is gone."""
