@@ -2,9 +2,9 @@
 
 First alone, at every shape that the model drops at; then in whole training steps of a preset (forward pass,
 backward pass, Adam) without dropout, with torch's in all places, and with ours. Ways take turns, round by
-round, and medians count.
+round, and medians count; of CPU time on a CPU, so that other jobs of the machine count little.
 
-    python benchmarks/dropout.py --output benchmarks/results/2026-11-26-dropout
+    OMP_NUM_THREADS=1 python benchmarks/dropout.py --output benchmarks/results/2026-11-26-dropout
     python benchmarks/dropout.py --device cuda --dtype bfloat16 --batch_size 22
 """
 
@@ -40,14 +40,15 @@ Times = dict[str, float]
 
 def medians(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> Times:
     """Median seconds of each way, after one round that does not count."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, action in ways.items():
             _wait_for(device)
-            begin = time.perf_counter()
+            begin = clock()
             action()
             _wait_for(device)
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock() - begin)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
@@ -150,7 +151,7 @@ REPORT = """\
 # Dropout drawn from tokens
 
 {date}, `{command}`, {machine}.
-{dtype}, batch of {batch_size}, p = {p}. Medians of {rounds} interleaved rounds.
+{dtype}, batch of {batch_size}, p = {p}. Medians of {rounds} interleaved rounds, {clock}.
 
 Forward and backward pass alone, ms:
 
@@ -199,6 +200,7 @@ def main() -> int:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} shared CPU cores"
     result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
+        "clock": "wall time" if device.type == "cuda" else "CPU time",
         "date": date.today().isoformat(),
         "machine": f"{where} ({platform.machine()}), torch {torch.__version__} on"
         f" {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the start",
