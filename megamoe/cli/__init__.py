@@ -7,6 +7,7 @@ at once.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -86,6 +87,8 @@ def _refuse(error: MegaMoEError) -> int:
     if _is_main():
         print("megamoe: error:", " ".join(str(error).split()), file=sys.stderr)
     else:
+        # srun reports the highest code of all ranks: let none be that of a death by SIGTERM.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(error.exit_code))
         time.sleep(GRACE_SECONDS)
     return error.exit_code
 

@@ -2,10 +2,9 @@
 
 import argparse
 import os
-from dataclasses import replace
 
 from megamoe.config import load_config
-from megamoe.config.load import read_file
+from megamoe.config.load import named, read_file
 from megamoe.training import signals
 
 SUMMARY = "train a model, or go on with a run"
@@ -24,13 +23,7 @@ goes on as if nothing had been. `megamoe config --reference` lists all options."
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--deepspeed_config", "--deepspeed-config", metavar="FILE",
-        help="DeepSpeed config (JSON); default: ZeRO stage 1, bf16 where the device has it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--deepspeed", action="store_true", help="accepted for habit: training always runs under DeepSpeed"
-    )
+    add_deepspeed_arguments(parser)
     add_local_rank(parser)
 
 
@@ -40,6 +33,17 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="", metavar="NAME", help="start from it; see megamoe presets")
     parser.add_argument("--config", default="", metavar="FILE", help="TOML or JSON, laid over the preset")
     parser.set_defaults(takes_overrides=True)
+
+
+def add_deepspeed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where the DeepSpeed config comes from."""
+    parser.add_argument(
+        "--deepspeed_config", "--deepspeed-config", metavar="FILE",
+        help="DeepSpeed config (JSON); default: ZeRO stage 1, bf16 where the device has it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--deepspeed", action="store_true", help="accepted for habit: training always runs under DeepSpeed"
+    )
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +57,7 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train."""
     signals.listen()
-    config = load_config(preset=args.preset, file=args.config, overrides=args.overrides)
-    if not config.name:
-        config = replace(config, name=f"{args.preset or 'run'}-{config.moe.router.name}")
+    config = named(load_config(preset=args.preset, file=args.config, overrides=args.overrides), args.preset)
     ds = read_file(args.deepspeed_config) if args.deepspeed_config else None
     if hasattr(args, "local_rank"):
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

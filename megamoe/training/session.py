@@ -63,19 +63,22 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
             raise StoppedError(f"stopped on {asked.name} before the first step")
         with tied(world, launch.address[0]):
             trainer = _set_up(run, ds_config, world, folder, lock)
-        trainer.train()
+        if trainer is not None:
+            trainer.train()
 
 
 def _set_up(
     run: RunConfig, ds_config: Mapping[str, Any], world: World, folder: RunFolder, lock: RunLock
-) -> Trainer:
-    """Everything but training; the run folder is made last."""
+) -> Trainer | None:
+    """Everything but training, where there is something left to train; the run folder is made last."""
     corpus = agree(world, lambda: load_checked_corpus(run))
     run = with_vocabulary(run, corpus)
     callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
     agree(world, lambda: lock.acquire() if world.is_main else None)
     checkpoint = _checkpoint_to_resume(run, folder, world)
     reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, corpus))
+    if _is_finished(reader, run, folder, world):
+        return None
     trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
     if reader is not None:
         trainer.resume(reader)
@@ -246,6 +249,19 @@ def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Corpus) 
             f"training.max_steps = {run.training.max_steps}: {where} has done {reader.state.step}; give as"
             " many or more, or another name"
         )
+
+
+def _is_finished(reader: CheckpointReader | None, run: RunConfig, folder: RunFolder, world: World) -> bool:
+    """Whether all steps are done and scored, by the word of rank 0, which then says so."""
+    if reader is None or run.checkpoint.resume != "auto" or reader.state.step < run.training.max_steps:
+        return False
+    finished = world.gather_objects(world.is_main and folder.is_scored(run.training.max_steps))[0]
+    if finished and world.is_main:
+        print(
+            f"{folder.root}: all {run.training.max_steps:,} steps are done and scored ({folder.results});"
+            " training.max_steps goes on, megamoe evaluate scores again"
+        )
+    return finished
 
 
 def _rehearse(trainer: Trainer) -> None:

@@ -34,7 +34,7 @@ class ResultsCallback(Callback):
         """Draw, and say where everything is and what to do next."""
         folder, corpus = trainer.folder, trainer.corpus
         image = plot_run(
-            folder.metrics, folder.plots / "curves.png",
+            folder.metrics, folder.curves,
             title=f"{trainer.run.name} on {corpus.name}", metric=corpus.metric,
         )  # fmt: skip
         # A run that starts from the last step of another, or whose validation is never finite, has no best.
