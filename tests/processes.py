@@ -22,7 +22,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def ranks(n: int, *arguments: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def ranks(
+    n: int, *arguments: str, folder: Path, program: tuple[str, str] = ("-m", "megamoe")
+) -> Iterator[list[subprocess.Popen[str]]]:
     """``megamoe ARGUMENTS`` on `n` ranks, started as a launcher would; none is left at the end."""
     shared = {
         "WORLD_SIZE": str(n), "LOCAL_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
@@ -30,7 +32,7 @@ def ranks(n: int, *arguments: str, folder: Path) -> Iterator[list[subprocess.Pop
     }  # fmt: skip
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "megamoe", *arguments], cwd=folder, text=True,
+            [sys.executable, *program, *arguments], cwd=folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )

@@ -87,7 +87,7 @@ def word_tokenizer(text: LabelledText) -> WordTokenizer:
     blocks = (
         "".join(f"{_as_words(e.text)}\n" for e in examples).encode() for examples in text.splits.values()
     )
-    words = WordTokenizer.train(blocks).words
+    words = WordTokenizer.from_counts(WordTokenizer.count(blocks)).words
     return WordTokenizer(words if UNKNOWN in words else [*words, UNKNOWN])
 
 

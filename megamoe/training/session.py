@@ -26,6 +26,7 @@ from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.launch import GROUP_TIMEOUT, Launch, World, start
 from megamoe.parallel.lost import is_lost_rank, lost_rank
+from megamoe.parallel.tie import tied
 from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
@@ -81,21 +82,37 @@ def conduct(
         asked = signals.agreed(world)
         if asked is not None:
             raise StoppedError(f"stopped on {asked.name} before the first step")
-        run, text = agree(world, lambda: read_text(run))
-        callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
-        agree(world, lambda: lock.acquire() if world.is_main else None)
-        checkpoint = _checkpoint_to_resume(run, folder, world)
-        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, text, trainer_class))
-        if _is_finished(reader, run, folder, world):
-            return
-        trainer = trainer_class(run, ds_config, world, text, folder, callbacks)
-        if reader is not None:
-            trainer.resume(reader)
-        else:
-            trainer.begin()
-        _rehearse(trainer)
-        agree(world, lambda: _make_folder(trainer.run, ds_config, folder, lock) if world.is_main else None)
-        trainer.train()
+        with tied(world, launch.address[0]):
+            trainer = _set_up(run, ds_config, world, folder, lock, read_text, trainer_class)
+        if trainer is not None:
+            trainer.train()
+
+
+def _set_up(
+    run: RunConfig,
+    ds_config: Mapping[str, Any],
+    world: World,
+    folder: RunFolder,
+    lock: RunLock,
+    read_text: Callable[[RunConfig], tuple[RunConfig, Text]],
+    trainer_class: type[Trainer],
+) -> Trainer | None:
+    """Everything but training, where there is something left to train; the run folder is made last."""
+    run, text = agree(world, lambda: read_text(run))
+    callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
+    agree(world, lambda: lock.acquire() if world.is_main else None)
+    checkpoint = _checkpoint_to_resume(run, folder, world)
+    reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, text, trainer_class))
+    if _is_finished(reader, run, folder, world):
+        return None
+    trainer = trainer_class(run, ds_config, world, text, folder, callbacks)
+    if reader is not None:
+        trainer.resume(reader)
+    else:
+        trainer.begin()
+    _rehearse(trainer)
+    agree(world, lambda: _make_folder(trainer.run, ds_config, folder, lock) if world.is_main else None)
+    return trainer
 
 
 @contextmanager
