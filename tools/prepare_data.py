@@ -21,9 +21,10 @@ from megamoe.data.datasets import (
 from megamoe.data.encoding import SUBWORDS, RawText
 from megamoe.data.prepare import prepare
 from megamoe.data.prepared import Manifest, verify
-from megamoe.data.ranks import Ranks, launched, open_ranks
+from megamoe.data.ranks import Ranks, open_ranks
 from megamoe.data.samples import BUNDLED, bundled_text
 from megamoe.errors import ConfigError, DistributedError, MegaMoEError
+from megamoe.launchers import rank_and_size
 
 GRACE_SECONDS = 3
 
@@ -45,7 +46,7 @@ then: megamoe train --preset small_enwik8 data.path=data/enwik8
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; the exit code is 0, 2 for a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    _, rank = launched()
+    rank, _ = rank_and_size()
     if rank:
         # Rank 0 speaks for all.
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)

@@ -16,6 +16,7 @@ from typing import NoReturn
 from megamoe import __version__
 from megamoe.cli import config, env, evaluate, finetune, presets, routers, train
 from megamoe.errors import ConfigError, ExitCode, LostRankError, MegaMoEError, StoppedError
+from megamoe.launchers import rank_and_size
 
 COMMANDS = {
     "train": train,
@@ -26,8 +27,6 @@ COMMANDS = {
     "routers": routers,
     "env": env,
 }
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "RANK")
-ONE_PER_NODE_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 GRACE_SECONDS = 5
 
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else argv)
         return args.run(args)
     except StoppedError as stop:
-        if _is_main():
+        if rank_and_size()[0] == 0:
             print(f"megamoe: {stop}; the same command goes on", file=sys.stderr)
         return stop.exit_code
     except MegaMoEError as error:
@@ -86,7 +85,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _refuse(error: MegaMoEError) -> int:
     """Rank 0 tells, in one line. The others wait for the launcher to end them, so as not to be first."""
-    if _is_main():
+    if rank_and_size()[0] == 0:
         print("megamoe: error:", " ".join(str(error).split()), file=sys.stderr)
     else:
         # srun reports the highest code of all ranks: let none be that of a death by SIGTERM.
@@ -101,14 +100,3 @@ def _leave_at_once(error: LostRankError) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(ExitCode.LOST_RANK)
-
-
-def _is_main() -> bool:
-    """Whether this process is rank 0, as launchers say it before torch is there to ask.
-
-    RANK may be left over in a shell, equal in all processes. It counts first only if torchrun or deepspeed
-    has set it, which others may have started once on each node.
-    """
-    by_rank = any(name in os.environ for name in ONE_PER_NODE_VARIABLES)
-    names = ("RANK",) if by_rank else RANK_VARIABLES
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"

@@ -12,16 +12,11 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from megamoe.errors import DistributedError, MegaMoEError
+from megamoe.launchers import rank_and_size
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 
-# The names of size and rank. mpirun inside a Slurm step leaves Slurm's in place, so they come last.
-_LAUNCH_VARIABLES = (
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("PMI_SIZE", "PMI_RANK"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-)
 _POLL_SECONDS = 0.005
 INTERRUPTED = 130
 
@@ -76,7 +71,7 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     Raises:
         DistributedError: several processes were started, and mpi4py cannot join them.
     """
-    size, _ = launched(environ)
+    _, size = rank_and_size(environ)
     if size == 1:
         yield ALONE
         return
@@ -87,14 +82,6 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     except (KeyboardInterrupt, SystemExit) as stop:
         code = getattr(stop, "code", INTERRUPTED)
         ranks.abort(code if isinstance(code, int) else 1)
-
-
-def launched(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """How many processes the launcher started, and which of them this is."""
-    for size, rank in _LAUNCH_VARIABLES:
-        if environ.get(size, "").isdigit() and environ.get(rank, "").isdigit():
-            return int(environ[size]), int(environ[rank])
-    return 1, 0
 
 
 class _MPIRanks(Ranks):

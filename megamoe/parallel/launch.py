@@ -15,6 +15,17 @@ import torch
 import torch.distributed as dist
 
 from megamoe.errors import DistributedError
+from megamoe.launchers import (
+    DEEPSPEED,
+    EXPORTED,
+    MPI,
+    OPEN_MPI,
+    TORCHRUN,
+    UNREAD,
+    Variables,
+    counted_by,
+    is_exported,
+)
 from megamoe.parallel.meeting import join
 from megamoe.parallel.mpi import rank_0_address
 from megamoe.parallel.network import LOOPBACK
@@ -56,33 +67,6 @@ class Launch:
         }
 
 
-@dataclass(frozen=True)
-class _Variables:
-    """The names one launcher uses."""
-
-    launcher: str
-    rank: str
-    size: str
-    local_rank: str
-    local_size: tuple[str, ...]
-
-
-_EXPLICIT = _Variables("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-_OPEN_MPI = _Variables(
-    "Open MPI",
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-)
-_MPI = _Variables("MPI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",))
-# The number of tasks in the step tells srun from the batch shell, which has a SLURM_PROCID too.
-_SRUN = _Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ())
-
-
-# Launchers whose variables are not read, by the one that each sets for all of its processes.
-_OTHERS = ("PMIX_RANK", "MV2_COMM_WORLD_RANK", "FLUX_TASK_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK")
-
 Discover = Callable[[int], tuple[str, int]]
 
 
@@ -102,34 +86,19 @@ def read_launch(environ: Mapping[str, str] = os.environ, discover: Discover = ra
         DistributedError: a variable is missing, is no number, is out of range, or contradicts
             another launcher's.
     """
-    started_by = _started_by(environ)
-    if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        if started_by:
-            return _launch(started_by, environ, discover)
+    names = counted_by(environ)
+    if names is None:
         _require_known_launcher(environ)
         return Launch()
-    one_launcher_per_node = "TORCHELASTIC_RUN_ID" in environ or "CROSS_SIZE" in environ
-    in_a_shell = started_by is _SRUN and environ[_SRUN.size] == "1"
-    if started_by is None or one_launcher_per_node or in_a_shell:
-        return _launch(_EXPLICIT, environ, discover)
-    _require_same(started_by, environ)
-    return replace(_launch(_EXPLICIT, environ, discover), launcher=started_by.launcher)
-
-
-def _started_by(environ: Mapping[str, str]) -> _Variables | None:
-    """The launcher that started each process by itself."""
-    # mpirun inside a Slurm step leaves the variables of its daemons' step in place, so MPI's count first.
-    # srun --mpi=pmi2 sets PMI's beside its own, which say more.
-    present = [names for names in (_OPEN_MPI, _MPI, _SRUN) if {names.rank, names.size} <= environ.keys()]
-    if present == [_MPI, _SRUN]:
-        mpi, srun = ([environ[names.rank], environ[names.size]] for names in present)
-        return _SRUN if mpi == srun else _MPI
-    return present[0] if present else None
+    if names is EXPORTED or not is_exported(environ):
+        return _launch(names, environ, discover)
+    _require_same(names, environ)
+    return replace(_launch(EXPORTED, environ, discover), launcher=names.launcher)
 
 
 def _require_known_launcher(environ: Mapping[str, str]) -> None:
     """Refuse to be one of many single processes that do the same work into the same folder."""
-    for name in _OTHERS:
+    for name in UNREAD:
         if name in environ:
             raise DistributedError(
                 f"{name} = {environ[name]}: set by a launcher whose variables are not read; export RANK,"
@@ -137,7 +106,7 @@ def _require_known_launcher(environ: Mapping[str, str]) -> None:
             )
 
 
-def _require_same(names: _Variables, environ: Mapping[str, str]) -> None:
+def _require_same(names: Variables, environ: Mapping[str, str]) -> None:
     """Refuse RANK and WORLD_SIZE that say otherwise than the launcher that started this process."""
     exported_size, size = _number(environ, "WORLD_SIZE"), _number(environ, names.size)
     if size != exported_size:
@@ -153,7 +122,7 @@ def _require_same(names: _Variables, environ: Mapping[str, str]) -> None:
         )
 
 
-def _launch(names: _Variables, environ: Mapping[str, str], discover: Discover) -> Launch:
+def _launch(names: Variables, environ: Mapping[str, str], discover: Discover) -> Launch:
     world_size = _number(environ, names.size)
     rank = _number(environ, names.rank)
     _require_below(names.rank, rank, names.size, world_size)
@@ -187,12 +156,12 @@ def _require_below(name: str, value: int, limit_name: str, limit: int) -> None:
         raise DistributedError(f"{name} = {value}: must be below {limit_name} = {limit}")
 
 
-def _local_size(names: _Variables, environ: Mapping[str, str], world_size: int) -> int:
+def _local_size(names: Variables, environ: Mapping[str, str], world_size: int) -> int:
     for name in names.local_size:
         if name in environ:
             return _number(environ, name)
     tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    if names is not _EXPLICIT and tasks_per_node:
+    if names is not EXPORTED and tasks_per_node:
         return _tasks_on_node(tasks_per_node, _number(environ, "SLURM_NODEID"))
     return world_size
 
@@ -208,20 +177,20 @@ def _tasks_on_node(tasks_per_node: str, node: int) -> int:
     return tasks[node]
 
 
-def _launcher(names: _Variables, environ: Mapping[str, str]) -> str:
-    if names is not _EXPLICIT:
+def _launcher(names: Variables, environ: Mapping[str, str]) -> str:
+    if names is not EXPORTED:
         return names.launcher
-    if "TORCHELASTIC_RUN_ID" in environ:
+    if TORCHRUN in environ:
         return "torchrun"
-    return "deepspeed" if "CROSS_SIZE" in environ else names.launcher
+    return "deepspeed" if DEEPSPEED in environ else names.launcher
 
 
 def _address(
-    names: _Variables, environ: Mapping[str, str], local_size: int, world_size: int, discover: Discover
+    names: Variables, environ: Mapping[str, str], local_size: int, world_size: int, discover: Discover
 ) -> tuple[str, int]:
     """Where rank 0 listens: as exported, else as the ranks agree over MPI, else as Slurm tells."""
     host, port = environ.get("MASTER_ADDR", ""), _port(environ)
-    if names in (_OPEN_MPI, _MPI) and world_size > 1 and not (host and port):
+    if names in (OPEN_MPI, MPI) and world_size > 1 and not (host and port):
         found_host, found_port = discover(world_size)
         return host or found_host, port or found_port
     if not host:
