@@ -30,7 +30,8 @@ demo: $(STAMP)  ## train tiny_enwik8 on two expert-parallel ranks and score it (
 	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(FREE_PORT) --module megamoe train \
 		--preset tiny_enwik8 --deepspeed_config ds_configs/zero1_auto.json name=demo
 
-test: $(STAMP)  ## run the whole test suite
+test: $(STAMP)  ## run the whole test suite, for which root on Debian gets Slurm and Open MPI
+	tests/slurm/install.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: $(STAMP)  ## check style, types and the layering of the rooms

@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from signal import Signals
@@ -22,15 +22,24 @@ def free_port() -> int:
 
 
 @contextmanager
-def ranks(n: int, *arguments: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    """``megamoe ARGUMENTS`` on `n` ranks, started as a launcher would; none is left at the end."""
+def ranks(
+    n: int,
+    *arguments: str,
+    folder: Path,
+    program: tuple[str, str] = ("-m", "megamoe"),
+    of_rank: Mapping[int, Sequence[str]] | None = None,
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """``megamoe ARGUMENTS`` on `n` ranks, started as a launcher would; none is left at the end.
+
+    `of_rank` are more arguments for some of them.
+    """
     shared = {
         "WORLD_SIZE": str(n), "LOCAL_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "megamoe", *arguments], cwd=folder, text=True,
+            [sys.executable, *program, *arguments, *(of_rank or {}).get(rank, ())], cwd=folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )

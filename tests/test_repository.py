@@ -1,7 +1,9 @@
 """Rules that hold for the whole repository."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,13 +39,32 @@ def test_only_higher_rooms_know_of_ranks(room):
     assert not [path for path in files if "distributed" in path.read_text(encoding="utf-8")]
 
 
-def test_nothing_large_is_committed():
+def tracked_files():
     listing = subprocess.run(
         ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True
     ).stdout
-    tracked = [REPOSITORY / name for name in listing.decode().split("\0") if name]
+    return [REPOSITORY / name for name in listing.decode().split("\0") if name]
+
+
+def test_nothing_large_is_committed():
+    tracked = tracked_files()
     assert len(tracked) > 50
     assert sum(path.stat().st_size for path in tracked if path.exists()) < 25e6
+
+
+def test_shell_scripts_are_clean():
+    if shutil.which("shellcheck") is None:
+        if "CI" in os.environ:
+            pytest.fail("shellcheck is missing: apt-get install shellcheck")
+        pytest.skip("shellcheck is missing")
+    scripts = [
+        path for path in tracked_files() if path.suffix in (".sh", ".env") or path.parent.name == ".ci"
+    ]
+    assert len(scripts) > 10
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", *scripts], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_links_in_the_documentation_lead_somewhere():

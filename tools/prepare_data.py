@@ -1,8 +1,10 @@
 """Turn text into the memory-mapped token folders that `megamoe train` reads through data.path."""
 
 import argparse
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,12 @@ from megamoe.data.datasets import (
 from megamoe.data.encoding import SUBWORDS, RawText
 from megamoe.data.prepare import prepare
 from megamoe.data.prepared import Manifest, verify
+from megamoe.data.ranks import Ranks, open_ranks
 from megamoe.data.samples import BUNDLED, bundled_text
-from megamoe.errors import ConfigError, MegaMoEError
+from megamoe.errors import ConfigError, DistributedError, MegaMoEError
+from megamoe.launchers import rank_and_size
+
+GRACE_SECONDS = 3
 
 EXAMPLES = """\
 examples:
@@ -31,22 +37,29 @@ examples:
   prepare_data.py text book1.txt book2.txt --output data/books --splits 0.8,0.1,0.1
   prepare_data.py text train.txt --valid valid.txt --test test.txt --output data/mine
   prepare_data.py verify data/enwik8
+  mpirun -n 8 python tools/prepare_data.py wikitext103 wikitext-103-v1.zip --output data/wikitext103
 
 then: megamoe train --preset small_enwik8 data.path=data/enwik8
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; the exit code is 0, 2 for a user's mistake, 130 on Ctrl-C."""
+    """Run the tool; the exit code is 0, 2 for a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    rank, _ = rank_and_size()
+    if rank:
+        # Rank 0 speaks for all.
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
     args = _parser().parse_args(arguments)
     try:
-        if args.command == "verify":
-            manifest = verify(args.folder)
-            print(f"{args.folder}: whole and unchanged")
-        else:
-            manifest = _prepare(args)
-        _describe(manifest)
+        with open_ranks() as ranks:
+            _run(args, ranks)
+    except DistributedError as error:
+        if rank:
+            # Only where this node alone is at fault does the launcher leave time to say so.
+            time.sleep(GRACE_SECONDS)
+        print(f"error: {error}", file=sys.__stderr__)
+        return 2
     except MegaMoEError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,6 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> None:
+    if args.command == "verify":
+        manifest = verify(args.folder)
+        print(f"{args.folder}: whole and unchanged")
+    else:
+        manifest = _prepare(args, ranks)
+    _describe(manifest)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,12 +138,12 @@ def _fractions(text: str) -> tuple[float, float, float]:
     return train, valid, test
 
 
-def _prepare(args: argparse.Namespace) -> Manifest:
+def _prepare(args: argparse.Namespace, ranks: Ranks) -> Manifest:
     kind = choose_tokenizer(args.command, args.tokenizer, "--tokenizer")
-    return prepare(_open(args, kind), args.output, kind, getattr(args, "vocab_size", SUBWORDS))
+    return prepare(_open(args, kind, ranks), args.output, kind, getattr(args, "vocab_size", SUBWORDS))
 
 
-def _open(args: argparse.Namespace, kind: str) -> RawText:
+def _open(args: argparse.Namespace, kind: str, ranks: Ranks) -> RawText:
     if args.command == "text":
         return open_text(
             args.paths,
@@ -131,12 +153,13 @@ def _open(args: argparse.Namespace, kind: str) -> RawText:
             fractions=args.splits,
             by_lines=kind != "bytes",
             track=_show_progress,
+            ranks=ranks,
         )
     if getattr(args, "sample", False):
         if args.paths:
             raise ConfigError(f"--sample: reads the bundled text, so leave out {args.paths[0]}")
-        return replace(bundled_text(args.command), track=_show_progress)
-    return open_dataset(DATASETS[args.command], args.paths, _show_progress)
+        return replace(bundled_text(args.command), track=_show_progress, ranks=ranks)
+    return open_dataset(DATASETS[args.command], args.paths, _show_progress, ranks)
 
 
 def _show_progress(purpose: str, n_bytes: int, blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +13,15 @@ from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.tokenizers import Tokenizer
 from megamoe.errors import CheckpointError, ConfigError, DataError
-from megamoe.models.transformer_xl import TransformerXL
+from megamoe.models.model_of import model_of
+from megamoe.models.transformer_xl import Backbone
 from megamoe.parallel.placement import saved_buffers
 
 
-def load_model(path: str | Path, *, verify: bool = True) -> TransformerXL:
+def load_model(path: str | Path, *, verify: bool = True) -> Any:
     """The trained model in evaluation mode, on the CPU in fp32, with all experts.
+
+    It is a `TransformerXL`, or a `Classifier` where the run has fine-tuned one.
 
     Args:
         path: a run folder, whose newest checkpoint is taken; a ``step-*`` or ``best`` folder; or an exported
@@ -43,7 +47,7 @@ def load_model(path: str | Path, *, verify: bool = True) -> TransformerXL:
     return model.eval()
 
 
-def _load_export(reader: ExportReader, verify: bool) -> TransformerXL:
+def _load_export(reader: ExportReader, verify: bool) -> Backbone:
     if verify:
         reader.verify_files()
     model = _without_values(reader.config, reader.numel, reader.folder)
@@ -58,7 +62,7 @@ def _load_export(reader: ExportReader, verify: bool) -> TransformerXL:
     return model.eval()
 
 
-def _without_values(config: RunConfig, n_weights: int, folder: Path) -> TransformerXL:
+def _without_values(config: RunConfig, n_weights: int, folder: Path) -> Backbone:
     """The model of a checkpoint's config. It occupies no memory, whatever a damaged config asks for."""
     model, moe = config.model, config.moe
     experts = len(moe.layer_indices(model.n_layers)) * moe.n_experts
@@ -66,7 +70,7 @@ def _without_values(config: RunConfig, n_weights: int, folder: Path) -> Transfor
         raise _wrong_config(folder, f"moe.n_experts = {moe.n_experts}: more than the weights it holds")
     try:
         with torch.device("meta"):
-            return TransformerXL(model, moe, seed=config.training.seed)
+            return model_of(config)
     except ConfigError as error:
         raise _wrong_config(folder, str(error)) from None
     except (RuntimeError, TypeError, ArithmeticError) as error:

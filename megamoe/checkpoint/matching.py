@@ -10,7 +10,7 @@ from megamoe.checkpoint.dtypes import DTYPES, dtype_name
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.config.schema import ModelConfig, MoEConfig, RouterConfig
 from megamoe.errors import CheckpointError
-from megamoe.models.transformer_xl import TransformerXL
+from megamoe.models.transformer_xl import Backbone
 from megamoe.moe.routers import resolve_options
 from megamoe.parallel.placement import global_shapes, saved_buffers
 
@@ -54,8 +54,15 @@ def require_kind_of_number(name: str, dtype: str, values: torch.Tensor, folder: 
         )
 
 
-def require_same_tensors(reader: CheckpointReader, model: TransformerXL) -> None:
+def require_same_tensors(
+    reader: CheckpointReader, model: Backbone, *, apart_from: tuple[str, ...] = ()
+) -> None:
     """Refuse a checkpoint that does not hold exactly the tensors of `model`.
+
+    Args:
+        reader: the checkpoint.
+        model: the model at hand.
+        apart_from: beginnings of the names that do not matter, in either.
 
     Raises:
         CheckpointError: the option of the router that differs; without such an option the first tensor that
@@ -63,7 +70,7 @@ def require_same_tensors(reader: CheckpointReader, model: TransformerXL) -> None
     """
     buffers = saved_buffers(model)
     try:
-        _require_same_shapes(reader, "weight", global_shapes(model))
+        _require_same_shapes(reader, "weight", global_shapes(model), apart_from)
         _require_same_shapes(reader, "buffer", {name: tuple(b.shape) for name, b in buffers.items()})
     except CheckpointError as error:
         if differing := _differing_options(model.moe_config.router, reader.config.moe.router):
@@ -101,9 +108,12 @@ def _written(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 
-def _require_same_shapes(reader: CheckpointReader, kind: str, shapes: Shapes) -> None:
+def _require_same_shapes(
+    reader: CheckpointReader, kind: str, shapes: Shapes, apart_from: tuple[str, ...] = ()
+) -> None:
     where = f"checkpoint {str(reader.folder)!r}"
-    saved = set(reader.names(kind))
+    saved = {name for name in reader.names(kind) if not name.startswith(apart_from)}
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(apart_from)}
     for name, shape in shapes.items():
         if name not in saved:
             raise CheckpointError(f"{name}: not in {where}, but the model has it")

@@ -7,17 +7,20 @@ at once.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megamoe import __version__
-from megamoe.cli import config, env, evaluate, preflight, presets, routers, train
+from megamoe.cli import config, env, evaluate, finetune, preflight, presets, routers, train
 from megamoe.errors import ConfigError, ExitCode, LostRankError, MegaMoEError, StoppedError
+from megamoe.launchers import rank_and_size
 
 COMMANDS = {
     "train": train,
+    "finetune": finetune,
     "preflight": preflight,
     "evaluate": evaluate,
     "config": config,
@@ -25,7 +28,6 @@ COMMANDS = {
     "routers": routers,
     "env": env,
 }
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 GRACE_SECONDS = 5
 
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else argv)
         return args.run(args)
     except StoppedError as stop:
-        if _is_main():
+        if rank_and_size()[0] == 0:
             print(f"megamoe: {stop}; the same command goes on", file=sys.stderr)
         return stop.exit_code
     except MegaMoEError as error:
@@ -84,9 +86,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _refuse(error: MegaMoEError) -> int:
     """Rank 0 tells, in one line. The others wait for the launcher to end them, so as not to be first."""
-    if _is_main():
+    if rank_and_size()[0] == 0:
         print("megamoe: error:", " ".join(str(error).split()), file=sys.stderr)
     else:
+        # srun reports the highest code of all ranks: let none be that of a death by SIGTERM.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(error.exit_code))
         time.sleep(GRACE_SECONDS)
     return error.exit_code
 
@@ -97,8 +101,3 @@ def _leave_at_once(error: LostRankError) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(ExitCode.LOST_RANK)
-
-
-def _is_main() -> bool:
-    """Whether this process is rank 0, as launchers say it before torch is there to ask."""
-    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"

@@ -3,18 +3,36 @@
 import argparse
 import json
 
-SUMMARY = "print versions, devices and launch variables, as environment.json holds them"
+from megamoe.cli.train import add_config_arguments
+from megamoe.config import load_config
+
+SUMMARY = "print what a bug report needs: versions, devices, launch variables, hash of a run config"
 EXAMPLES = """\
-  megamoe env"""
+  megamoe env
+  megamoe env --json > environment.json
+  megamoe env --config runs/demo/config.json    # with the hash that runs/demo/environment.json holds
+  srun --nodes 1 --ntasks 1 megamoe env         # of a node of the cluster"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """There are no arguments."""
+    """Declare the arguments."""
+    add_config_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON, as environment.json holds it")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print JSON."""
-    from megamoe.training.environment import describe_environment
+    """Print."""
+    config = None
+    if args.preset or args.config or args.overrides:
+        config = load_config(preset=args.preset, file=args.config, overrides=args.overrides).to_dict()
 
-    print(json.dumps(describe_environment(), indent=2))
+    from rich.console import Console
+
+    from megamoe.training.environment import describe_environment, environment_table
+
+    facts = describe_environment(config)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        Console().print(environment_table(facts))
     return 0

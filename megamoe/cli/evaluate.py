@@ -12,7 +12,10 @@ EXAMPLES = """\
   megamoe evaluate runs/first/best data.path=data/enwik8 evaluation.memory_len=2048
   torchrun --nproc_per_node 4 --module megamoe evaluate runs/first/best
 
-Text and protocol are those of the run; data.* and evaluation.* options change them. Computes in fp32."""
+  megamoe evaluate runs/sst2-hyper/best task.path=data/SST-2
+
+Text and protocol are those of the run; data.* and evaluation.* options change them, for a classifier
+task.path and evaluation.*. Computes in fp32."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

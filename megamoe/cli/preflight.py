@@ -1,50 +1,48 @@
 """``megamoe preflight``."""
 
 import argparse
-import os
-from dataclasses import replace
 
-from megamoe.cli.train import add_config_arguments, add_local_rank
-from megamoe.config import load_config
-from megamoe.config.load import read_file
+from megamoe.cli.train import (
+    add_config_arguments,
+    add_deepspeed_arguments,
+    add_local_rank,
+    read_launch_arguments,
+    read_run,
+)
 
 SUMMARY = "measure the allocated nodes, and judge whether a run can start on them"
 EXAMPLES = """\
-  srun megamoe preflight --preset small_enwik8 data.path=data/enwik8
+  sbatch --nodes=2 slurm/preflight.sh large_enwik8
+  srun megamoe preflight --preset large_enwik8 --deepspeed_config ds_configs/zero1_bf16.json
   torchrun --nproc_per_node 2 --module megamoe preflight --preset tiny_enwik8 --json
 
-Exit code 0: all well, or warnings only; 1: a finding would stop the run; 76: a rank does not answer."""
+The arguments are those of the run that is to start. Exit code 0: all well, or warnings only; 1: a problem
+would stop the run or falsify it; 76: a rank does not answer, it is named."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser)
+    add_deepspeed_arguments(parser)
     parser.add_argument(
-        "--deepspeed_config", "--deepspeed-config", metavar="FILE", help="as for megamoe train"
-    )
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for all of it (default: 120)")
+        "--timeout", type=float, default=120, metavar="S",
+        help="seconds that ranks may need to meet, and for any one measurement (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--max-skew", type=float, default=0.5, help="seconds that a clock may be off (default: 0.5)"
-    )
+        "--max-skew", type=float, default=0.5, metavar="S",
+        help="seconds by which clocks of nodes may differ without a warning (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_local_rank(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and judge."""
-    config = load_config(preset=args.preset, file=args.config, overrides=args.overrides)
-    if not config.name:
-        config = replace(config, name=f"{args.preset or 'run'}-{config.moe.router.name}")
-    ds = read_file(args.deepspeed_config) if args.deepspeed_config else None
-    if hasattr(args, "local_rank"):
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    config = read_run(args)
+    ds, launch = read_launch_arguments(args)
 
-    from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG
-    from megamoe.parallel.launch import read_launch
     from megamoe.training.preflight.check import preflight
 
-    well = preflight(
-        config, DEFAULT_DS_CONFIG if ds is None else ds, read_launch(),
-        timeout=args.timeout, max_skew=args.max_skew, as_json=args.json,
+    return preflight(
+        config, ds, launch, timeout=args.timeout, max_skew=args.max_skew, as_json=args.json
     )  # fmt: skip
-    return 0 if well else 1

@@ -2,11 +2,15 @@
 
 import argparse
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from megamoe.config import load_config
-from megamoe.config.load import read_file
+from megamoe.config import RunConfig, load_config
+from megamoe.config.load import named, read_file
 from megamoe.training import signals
+
+if TYPE_CHECKING:
+    from megamoe.parallel.launch import Launch
 
 SUMMARY = "train a model, or go on with a run"
 EXAMPLES = """\
@@ -15,6 +19,7 @@ EXAMPLES = """\
   deepspeed --num_gpus 2 --module megamoe train --preset small_enwik8 data.path=data/enwik8 \\
       --deepspeed_config ds_configs/zero1_bf16.json
   torchrun --nproc_per_node 2 --module megamoe train --config my_run.toml
+  mpirun -n 2 python -m megamoe train --preset tiny_enwik8
 
 The run folder is OUTPUT_DIR/NAME (runs/PRESET-ROUTER where no name is given). The same command goes
 on from its newest checkpoint. On USR1 or TERM the run saves, and ends with exit code 75: the same command
@@ -24,13 +29,7 @@ goes on as if nothing had been. `megamoe config --reference` lists all options."
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--deepspeed_config", "--deepspeed-config", metavar="FILE",
-        help="DeepSpeed config (JSON); default: ZeRO stage 1, bf16 where the device has it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--deepspeed", action="store_true", help="accepted for habit: training always runs under DeepSpeed"
-    )
+    add_deepspeed_arguments(parser)
     add_local_rank(parser)
 
 
@@ -42,6 +41,17 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(takes_overrides=True)
 
 
+def add_deepspeed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where the DeepSpeed config comes from."""
+    parser.add_argument(
+        "--deepspeed_config", "--deepspeed-config", metavar="FILE",
+        help="DeepSpeed config (JSON); default: ZeRO stage 1, bf16 where the device has it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--deepspeed", action="store_true", help="accepted for habit: training always runs under DeepSpeed"
+    )
+
+
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
     """Declare the argument by which launchers tell a process its place on the node."""
     parser.add_argument(
@@ -50,20 +60,31 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train."""
-    signals.listen()
-    config = load_config(preset=args.preset, file=args.config, overrides=args.overrides)
-    if not config.name:
-        config = replace(config, name=f"{args.preset or 'run'}-{config.moe.router.name}")
+def read_run(args: argparse.Namespace) -> RunConfig:
+    """The named config of a run that `add_config_arguments` describes."""
+    return named(load_config(preset=args.preset, file=args.config, overrides=args.overrides), args.preset)
+
+
+def read_launch_arguments(args: argparse.Namespace) -> "tuple[Mapping[str, Any], Launch]":
+    """The DeepSpeed config that was named, or the default one, and who this process is."""
     ds = read_file(args.deepspeed_config) if args.deepspeed_config else None
     if hasattr(args, "local_rank"):
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
 
     from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG
     from megamoe.parallel.launch import read_launch
+
+    return DEFAULT_DS_CONFIG if ds is None else ds, read_launch()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train."""
+    signals.listen()
+    config = read_run(args)
+    ds, launch = read_launch_arguments(args)
+
     from megamoe.training.session import train
 
-    train(config, DEFAULT_DS_CONFIG if ds is None else ds, read_launch())
+    train(config, ds, launch)
     signals.ignore()
     return 0

@@ -11,7 +11,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -109,6 +109,11 @@ def load_config(*, preset: str = "", file: str | Path = "", overrides: Iterable[
         update = _with_router_options(layer)
         values = merge(_without_options_of_another_router(values, update), update)
     return from_dict(values)
+
+
+def named(config: RunConfig, preset: str = "") -> RunConfig:
+    """`config` with the name that a run gets where none is given: PRESET-ROUTER."""
+    return config if config.name else replace(config, name=f"{preset or 'run'}-{config.moe.router.name}")
 
 
 def _router_section(values: Mapping[str, Any]) -> Mapping[str, Any]:

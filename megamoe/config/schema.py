@@ -102,6 +102,10 @@ class ModelConfig:
                      f"stay below the vocabulary of {self.vocab_size}")  # fmt: skip
 
 
+OF_THE_VOCABULARY = ("vocab_size", "cutoffs", "div_val", "d_embed")
+"""Options of `ModelConfig` that follow from how text is cut into tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """A routing policy by name, and that policy's own options."""
@@ -299,6 +303,43 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What a classifier is fine-tuned for; `megamoe finetune` sets it, language models have none."""
+
+    name: Literal["", "sst2", "sst5", "imdb", "banking77"] = option(
+        "", "form of the labelled text; empty: a language model, not a classifier"
+    )
+    path: str = option("", "folder with the labelled text; empty reads the sentences bundled with megamoe")
+    checkpoint: str = option("", "language model to start from")
+    from_scratch: bool = option(
+        False, "take that checkpoint's config and tokenizer but random weights, as a control"
+    )
+    tokens: Literal["checkpoint", "words"] = option(
+        "checkpoint",
+        "units of text; checkpoint: its tokenizer, so that embeddings transfer; words: lower-cased, with a"
+        " vocabulary of the labelled text, as published",
+    )
+    labels: tuple[str, ...] = option(
+        (), "classes in the order of their numbers; empty takes them from the data"
+    )
+    bucket: int = option(1, "batches whose sentences are sorted by length together, to pad less; 1: none")
+    valid_fraction: float = option(
+        0.1, "share of the training sentences that selects the weights where the data has no such split"
+    )
+    max_overlap: float = option(
+        0.01, "largest share of a split's sentences that may be trained on too; its accuracy is refused above"
+    )
+
+    def __post_init__(self) -> None:
+        _require_positive("task", self, "bucket")
+        _require(0 < self.valid_fraction < 1, "task.valid_fraction", self.valid_fraction,
+                 "give a number between 0 and 1")  # fmt: skip
+        _require_fraction("task", self, "max_overlap")
+        _require(len(set(self.labels)) == len(self.labels) != 1, "task.labels", self.labels,
+                 "name two or more different classes, or none")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run. Everything that changes its numbers is in here or in the DeepSpeed config."""
 
@@ -312,6 +353,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
 
     def __post_init__(self) -> None:
         self.moe.layer_indices(self.model.n_layers)

@@ -132,7 +132,7 @@ def _description(tensors: Sequence[LazyTensor], config: RunConfig, state: Traini
     del values["tokenizer"]
     return {
         "model_type": MODEL_TYPE,
-        "architectures": ["TransformerXL"],
+        "architectures": ["Classifier" if config.task.name else "TransformerXL"],
         "torch_dtype": embedding.dtype,
         "buffers": sorted(tensor.name for tensor in tensors if tensor.kind == "buffer"),
         "megamoe_version": __version__,

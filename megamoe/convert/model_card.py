@@ -12,7 +12,7 @@ library_name: megamoe
 tags:
 - transformer-xl
 - mixture-of-experts
-- causal-lm
+- {tag}
 ---
 
 # {title}
@@ -47,6 +47,8 @@ def model_card(tensors: Sequence[LazyTensor], config: RunConfig, state: Training
         "Training steps": f"{state.step:,}",
         "Bytes": f"{total_bytes(tensors):,}",
     }
+    if config.task.name:
+        rows["Classes"] = ", ".join(config.task.labels)
     if layers:
         rows["Experts"] = f"{moe.n_experts} of hidden width {moe.d_expert} in each of {len(layers)} layers"
         rows["Router"] = f"{moe.router.name}, {moe.top_k} experts per token"
@@ -57,8 +59,10 @@ def model_card(tensors: Sequence[LazyTensor], config: RunConfig, state: Training
         metric = state.corpus.get("metric", "figure")
         rows["Best validation"] = f"{state.best_metric:.4f} {metric} at step {state.best_step:,}"
     kind = "mixture-of-experts Transformer-XL" if layers else "Transformer-XL"
+    purpose = "sentence classifier" if config.task.name else "language model"
     return _CARD.format(
         title=config.name or f"{kind} by megamoe",
-        sentence=f"A {kind} language model, exported by megamoe.",
+        tag="text-classification" if config.task.name else "causal-lm",
+        sentence=f"A {kind} {purpose}, exported by megamoe.",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )

@@ -10,7 +10,7 @@ from megamoe.checkpoint.format import MOMENTS
 from megamoe.config.schema import RunConfig
 from megamoe.convert.tensors import LazyTensor
 from megamoe.errors import CheckpointError
-from megamoe.models.transformer_xl import TransformerXL
+from megamoe.models.model_of import model_of
 from megamoe.parallel.placement import saved_buffers
 
 
@@ -31,7 +31,7 @@ def model_tensors(config: RunConfig) -> dict[str, ModelTensor]:
     """
     try:
         with torch.device("meta"):
-            model = TransformerXL(config.model, config.moe, seed=config.training.seed)
+            model = model_of(config)
     except (RuntimeError, OverflowError) as error:
         raise CheckpointError(f"model: cannot be built ({str(error)[:80]})") from None
     tensors: dict[str, tuple[str, torch.Tensor]] = {

@@ -56,6 +56,11 @@ class Corpus:
         """What the loss is reported as: bits per character, or perplexity for words and subwords."""
         return "ppl" if self.unit in ("word", "subword") else "bpc"
 
+    @property
+    def loss_metric(self) -> str:
+        """What the loss of training is reported as."""
+        return self.metric
+
 
 def load_corpus(config: DataConfig) -> Corpus:
     """The corpus that a run reads.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megamoe.data.encoding import SPLITS, RawText, Track, count_words, split_at, untracked
+from megamoe.data.ranks import ALONE, Ranks
 from megamoe.data.sources import (
     Fingerprint,
     Source,
@@ -105,7 +106,9 @@ def choose_tokenizer(dataset: str, requested: str, option: str = "data.tokenizer
     return requested
 
 
-def open_dataset(dataset: Dataset, paths: Sequence[Path], track: Track = untracked) -> RawText:
+def open_dataset(
+    dataset: Dataset, paths: Sequence[Path], track: Track = untracked, ranks: Ranks = ALONE
+) -> RawText:
     """A published corpus from its archive, its raw files or a folder with them, checked and split.
 
     Raises:
@@ -114,14 +117,14 @@ def open_dataset(dataset: Dataset, paths: Sequence[Path], track: Track = untrack
     sources = _locate(dataset, paths)
     if len(sources) == 1:
         _check_size(dataset, sources[0])
-    origin = tuple(_fingerprint(source, track) for source in sources)
+    origin = _fingerprints(sources, track, ranks)
     if len(sources) == 1:
         _check_hash(dataset, origin[0])
         n_bytes = sources[0].n_bytes
         splits = split_at(sources, n_bytes - 2 * dataset.held_out, n_bytes - dataset.held_out)
     else:
         splits = {split: (source,) for split, source in zip(SPLITS, sources, strict=True)}
-    text = RawText(dataset.name, dataset.title, splits, origin=origin, track=track)
+    text = RawText(dataset.name, dataset.title, splits, origin=origin, track=track, ranks=ranks)
     for split, expected in dataset.n_words.items():
         found = count_words(text, split)
         if found != expected:
@@ -141,6 +144,7 @@ def open_text(
     fractions: tuple[float, float, float] = (0.9, 0.05, 0.05),
     by_lines: bool,
     track: Track = untracked,
+    ranks: Ranks = ALONE,
 ) -> RawText:
     """Any files as a corpus.
 
@@ -152,6 +156,7 @@ def open_text(
         fractions: shares of train, valid and test, in this order of the files laid end to end.
         by_lines: move cuts to the next start of a line, so that no word is torn.
         track: shows progress.
+        ranks: who reads them, each its share.
 
     Raises:
         ConfigError: only one of `valid` and `test` is given, or the fractions are none.
@@ -160,12 +165,12 @@ def open_text(
     if bool(valid) != bool(test):
         raise ConfigError("valid and test: give files for both, or for neither to split by fractions")
     groups = [[file_source(path) for path in group] for group in (files, valid, test)]
-    origin = tuple(_fingerprint(source, track) for group in groups for source in group)
+    origin = _fingerprints([source for group in groups for source in group], track, ranks)
     if valid:
         splits = {split: tuple(group) for split, group in zip(SPLITS, groups, strict=True)}
     else:
         splits = _split_by_fractions(groups[0], fractions, by_lines)
-    return RawText("text", title, splits, origin=origin, track=track)
+    return RawText("text", title, splits, origin=origin, track=track, ranks=ranks)
 
 
 def _split_by_fractions(
@@ -201,8 +206,15 @@ def _locate(dataset: Dataset, paths: Sequence[Path]) -> list[Source]:
     return [found[name] for name in dataset.files]
 
 
-def _fingerprint(source: Source, track: Track) -> Fingerprint:
-    return fingerprint(source.name, track(f"check {source.name}", source.n_bytes, source.blocks()))
+def _fingerprints(sources: Sequence[Source], track: Track, ranks: Ranks) -> tuple[Fingerprint, ...]:
+    """Those of all sources; the ranks take turns, since a hash cannot be divided."""
+    mine = [
+        fingerprint(source.name, track(f"check {source.name}", source.n_bytes, source.blocks()))
+        for source in sources[ranks.rank :: ranks.size]
+    ]
+    return ranks.combine(
+        mine, lambda by_rank: tuple(by_rank[i % ranks.size][i // ranks.size] for i in range(len(sources)))
+    )
 
 
 def _check_size(dataset: Dataset, source: Source) -> None:

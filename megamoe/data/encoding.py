@@ -1,11 +1,13 @@
 """A text before and while it becomes tokens: its splits, its vocabulary, its honest name."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
-from megamoe.data.sources import Fingerprint, Source, cut, whole_lines
+from megamoe.data.ranks import ALONE, Ranks
+from megamoe.data.sources import Fingerprint, Source, cut, lines_that_begin_in, overlaps, whole_lines
 from megamoe.data.tokenizers import (
     ByteTokenizer,
     Ids,
@@ -21,6 +23,7 @@ SUBWORDS = 8192
 # Enough for any vocabulary of subwords; the whole of WikiText-103 would only take longer.
 SENTENCEPIECE_TRAINING_BYTES = 64 << 20
 
+Symbol = TypeVar("Symbol")
 Track = Callable[[str, int, Iterator[bytes]], Iterator[bytes]]
 
 
@@ -41,6 +44,7 @@ class RawText:
         note: a sentence on what the title cannot say.
         origin: what the splits were cut from.
         track: wraps every pass over the bytes, to show progress: ``track(purpose, n_bytes, blocks)``.
+        ranks: who reads it; every pass is over the share of this rank.
     """
 
     dataset: str
@@ -50,21 +54,31 @@ class RawText:
     note: str = ""
     origin: tuple[Fingerprint, ...] = ()
     track: Track = field(default=untracked, repr=False)
+    ranks: Ranks = ALONE
 
     def n_bytes(self, split: str) -> int:
         """Length of a split."""
         return sum(source.n_bytes for source in self.splits[split])
 
     def blocks(self, split: str, purpose: str = "read", *, by_lines: bool = False) -> Iterator[bytes]:
-        """One pass over the bytes of a split; in whole lines, the last line of each source included."""
-        return self.track(f"{purpose} {split}", self.n_bytes(split), self._blocks(split, by_lines))
+        """One pass over this rank's bytes of a split, or over its lines.
 
-    def _blocks(self, split: str, by_lines: bool) -> Iterator[bytes]:
-        for source in self.splits[split]:
-            yield from whole_lines(source.blocks()) if by_lines else source.blocks()
+        Lines come whole, the last one of each source included, and belong to the rank in whose bytes
+        they begin.
+        """
+        start, stop = self.ranks.share(self.n_bytes(split))
+        blocks = self._blocks(split, start, stop, by_lines)
+        return self.track(self.ranks.label(f"{purpose} {split}"), stop - start, blocks)
+
+    def _blocks(self, split: str, start: int, stop: int, by_lines: bool) -> Iterator[bytes]:
+        for source, first, last in overlaps(self.splits[split], start, stop):
+            if by_lines:
+                yield from whole_lines(lines_that_begin_in(source, first, last))
+            else:
+                yield from source.part(first, last).blocks()
 
     def lines(self, split: str, purpose: str) -> Iterator[str]:
-        """One pass over the lines of a split, without their ends.
+        """One pass over this rank's lines of a split, without their ends.
 
         Raises:
             DataError: the text is not UTF-8.
@@ -93,25 +107,43 @@ def train_tokenizer(kind: str, text: RawText, vocab_size: int = SUBWORDS) -> Tok
     if kind == ByteTokenizer.kind:
         return ByteTokenizer()
     if kind == ReferenceSymbolTokenizer.kind:
-        return ReferenceSymbolTokenizer.train(
-            block for split in SPLITS for block in text.blocks(split, "count symbols of")
+        counts = [ReferenceSymbolTokenizer.count(text.blocks(split, "count symbols of")) for split in SPLITS]
+        return text.ranks.combine(
+            counts,
+            lambda by_rank: ReferenceSymbolTokenizer.from_counts(
+                _add(part for by_split in zip(*by_rank, strict=True) for part in by_split)
+            ),
         )
     if kind == WordTokenizer.kind:
-        return WordTokenizer.train(text.blocks("train", "count words of", by_lines=True))
+        words = WordTokenizer.count(text.blocks("train", "count words of", by_lines=True))
+        return text.ranks.combine(words, lambda by_rank: WordTokenizer.from_counts(_add(by_rank)))
+    # Learning subwords does not divide: rank 0 reads the whole text.
+    return text.ranks.combine(None, lambda _: _learn_subwords(replace(text, ranks=ALONE), vocab_size))
+
+
+def _add(parts: Iterable[Counter[Symbol]]) -> Counter[Symbol]:
+    """The sum, in the order in which a single count over all parts would have met the symbols."""
+    total: Counter[Symbol] = Counter()
+    for part in parts:
+        total.update(part)
+    return total
+
+
+def _learn_subwords(text: RawText, vocab_size: int) -> SentencePieceTokenizer:
     stride = -(-text.n_bytes("train") // SENTENCEPIECE_TRAINING_BYTES)
     lines = text.lines("train", "learn subwords of")
     return SentencePieceTokenizer.train((line for i, line in enumerate(lines) if i % stride == 0), vocab_size)
 
 
 def encode(text: RawText, split: str, tokenizer: Tokenizer) -> Iterator[Ids]:
-    """The ids of a split, block after block."""
+    """The ids of this rank's share of a split, block after block."""
     for block in text.blocks(split, "encode", by_lines=tokenizer.by_lines):
         yield tokenizer.encode(block)
 
 
 def count_words(text: RawText, split: str) -> int:
     """Words between white space plus one per line end, which is what word perplexity is per."""
-    return sum(len(line.split()) + 1 for line in text.lines(split, "count words of"))
+    return text.ranks.combine(sum(len(line.split()) + 1 for line in text.lines(split, "count words of")), sum)
 
 
 def words_per_token(

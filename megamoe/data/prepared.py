@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megamoe.data.encoding import SPLITS
+from megamoe.data.ranks import ALONE, Ranks
 from megamoe.data.sources import Fingerprint
 from megamoe.data.tokenizers import Ids, Tokenizer, token_dtype
 from megamoe.errors import DataError
@@ -90,44 +92,75 @@ class Manifest:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
     """A folder to fill, which becomes `folder` in one step if all goes well and vanishes if not.
 
     Raises:
-        DataError: `folder` exists with something in it, or cannot be written.
+        DataError: `folder` exists with something in it, cannot be written, or is not seen by all ranks.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DataError(f"output {str(folder)!r}: exists already; remove it or name another folder")
-    staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    main_pid = ranks.combine(os.getpid(), lambda pids: pids[0])
+    staging = folder.with_name(f".{folder.name}.partial-{main_pid}")
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        for path in staging.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        staging.rename(folder)
+        ranks.combine(None, lambda _: _make(staging, folder))
+        # Rank 0 may take the folder away only when nobody writes there any more.
+        with ranks.together():
+            if not staging.is_dir():
+                raise DataError(
+                    f"output {str(folder)!r}: {socket.gethostname()} does not see it; name a folder that all"
+                    " nodes share"
+                )
+            yield staging
+        ranks.combine(None, lambda _: _publish(staging, folder))
     except OSError as error:
         raise DataError(f"output {str(folder)!r}: cannot be written ({error.strerror})") from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if ranks.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_tokens(path: Path, blocks: Iterable[Ids]) -> TokenFile:
-    """Write the ids of one split.
+def _make(staging: Path, folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DataError(f"output {str(folder)!r}: exists already; remove it or name another folder")
+    staging.mkdir(parents=True)
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    for path in staging.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    staging.rename(folder)
+
+
+def write_tokens(path: Path, blocks: Iterable[Ids], ranks: Ranks = ALONE) -> TokenFile:
+    """Write the ids of one split: each rank its share, which rank 0 joins in order of rank.
+
+    Parts, because ranks on several nodes cannot safely write into one file on a network file system.
 
     Raises:
         DataError: there are none.
     """
-    n_tokens, digest = 0, hashlib.sha256()
-    with path.open("wb") as file:
+    part = path if ranks.is_main else path.with_name(f"{path.name}.{ranks.rank:05}")
+    n_tokens = 0
+    with part.open("wb") as file:
         for block in blocks:
-            content = block.astype(block.dtype.newbyteorder("<"), copy=False).tobytes()
             n_tokens += len(block)
-            digest.update(content)
-            file.write(content)
+            file.write(block.astype(block.dtype.newbyteorder("<"), copy=False).tobytes())
+    return ranks.combine((part, n_tokens), _join)
+
+
+def _join(parts: list[tuple[Path, int]]) -> TokenFile:
+    """Append the files of all other ranks to the first."""
+    (path, _), *others = parts
+    with path.open("ab") as file:
+        for part, _ in others:
+            with part.open("rb") as content:
+                shutil.copyfileobj(content, file, 1 << 20)
+            part.unlink()
+    n_tokens = sum(n for _, n in parts)
     if not n_tokens:
         raise DataError(f"{path.stem}: holds no tokens; give it more text")
-    return TokenFile(n_tokens, path.stat().st_size, digest.hexdigest())
+    with path.open("rb") as file:
+        return TokenFile(n_tokens, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> str:

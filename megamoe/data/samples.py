@@ -16,6 +16,9 @@ SHA256 = {
     "wikitext-2.train.tokens": "728c77e87e176af4730f9a80fc6008bcaff421a7202c1c048877c0eec3685f89",
     "wikitext-2.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     "wikitext-2.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+    "sentence-polarity.train.tsv": "639da9e0327b2df9b0c97c357e9ac3b79b7e609f2cfedd979a6f759031c39181",
+    "sentence-polarity.dev.tsv": "ef490bbe13cb37ee422457f6ed77daa72842cc84dab2c8f9b3aa6f25a1e624bb",
+    "sentence-polarity.test.tsv": "0305d4cebbd2dc513c97e234de81da0a62e721634914958c49c74fb3a94568e5",
 }
 BUNDLED = ("enwik8", "text8", "wikitext2")
 

@@ -120,13 +120,17 @@ def fingerprint(name: str, blocks: Iterable[bytes]) -> Fingerprint:
 
 def cut(sources: Iterable[Source], start: int, stop: int) -> tuple[Source, ...]:
     """Bytes `start` to `stop` of the sources laid end to end."""
-    parts, offset = [], 0
+    return tuple(source.part(first, last) for source, first, last in overlaps(sources, start, stop))
+
+
+def overlaps(sources: Iterable[Source], start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
+    """The sources that hold bytes `start` to `stop` of all laid end to end, and which of theirs these are."""
+    offset = 0
     for source in sources:
         first, last = max(start - offset, 0), min(stop - offset, source.n_bytes)
         if first < last:
-            parts.append(source.part(first, last))
+            yield source, first, last
         offset += source.n_bytes
-    return tuple(parts)
 
 
 def next_line_start(sources: Sequence[Source], offset: int) -> int:
@@ -144,6 +148,26 @@ def next_line_start(sources: Sequence[Source], offset: int) -> int:
                 return position + newline + 1
             position += len(block)
     return position
+
+
+def lines_that_begin_in(source: Source, start: int, stop: int) -> Iterator[bytes]:
+    """The whole lines of `source` that begin at its bytes `start` to `stop`, in blocks.
+
+    Ranges that make up a source give each of its lines once. Nothing is read but the range, the byte
+    before it, and the rest of its last line.
+    """
+    position = max(start - 1, 0)
+    inside = start == 0
+    for block in source.part(position, source.n_bytes).blocks():
+        first = 0 if inside else block.find(b"\n") + 1
+        inside = inside or first > 0
+        if inside:
+            # The newline at `stop` - 1 or after it is the end of the last line.
+            end = block.find(b"\n", max(stop - 1 - position, 0)) + 1
+            yield block[first : end or None]
+            if end:
+                return
+        position += len(block)
 
 
 def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -130,14 +130,18 @@ class ReferenceSymbolTokenizer(Tokenizer):
         self._id_of = np.full(256, -1)
         self._id_of[self.symbols] = np.arange(len(symbols))
 
-    @classmethod
-    def train(cls, blocks: Iterable[bytes]) -> "ReferenceSymbolTokenizer":
-        """Symbols by falling frequency in `blocks`; ties in order of first appearance."""
+    @staticmethod
+    def count(blocks: Iterable[bytes]) -> Counter[int]:
+        """How often each byte is in `blocks`, in order of first appearance."""
         counts: Counter[int] = Counter()
         for block in blocks:
             counts.update(block)
-        del counts[NEWLINE]
-        return cls([symbol for symbol, _ in counts.most_common()])
+        return counts
+
+    @classmethod
+    def from_counts(cls, counts: Counter[int]) -> "ReferenceSymbolTokenizer":
+        """Symbols by falling frequency; ties in the order of `counts`."""
+        return cls([symbol for symbol, _ in counts.most_common() if symbol != NEWLINE])
 
     def encode(self, text: str | bytes) -> Ids:
         """Ids of all bytes but newlines.
@@ -181,14 +185,18 @@ class WordTokenizer(Tokenizer):
         self.words = list(words)
         self._id_of = _WordIds({word: i for i, word in enumerate(words)})
 
-    @classmethod
-    def train(cls, blocks: Iterable[bytes]) -> "WordTokenizer":
-        """``<eos>``, then words by falling frequency in `blocks` of whole lines; ties as they appear."""
+    @staticmethod
+    def count(blocks: Iterable[bytes]) -> Counter[str]:
+        """How often each word is in `blocks` of whole lines, in order of first appearance."""
         counts: Counter[str] = Counter()
         for block in blocks:
             counts.update(to_text(block).split())
-        del counts[END_OF_LINE]
-        return cls([END_OF_LINE, *(word for word, _ in counts.most_common())])
+        return counts
+
+    @classmethod
+    def from_counts(cls, counts: Counter[str]) -> "WordTokenizer":
+        """``<eos>``, then words by falling frequency; ties in the order of `counts`."""
+        return cls([END_OF_LINE, *(word for word, _ in counts.most_common() if word != END_OF_LINE)])
 
     def encode(self, text: str | bytes) -> Ids:
         """Ids of the words, and one for each line end.

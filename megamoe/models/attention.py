@@ -53,7 +53,7 @@ class AttentionInputs(NamedTuple):
 
     Attributes:
         distances_PD: encodings of the distances C, C - 1, ..., 0.
-        hidden_SC: True where query s must not see key c.
+        hidden_SC: True where query s must not see key c; [B, S, C] where rows are padded.
         bias_u_AW: u of the score, added to queries that meet keys.
         bias_v_AW: v of the score, added to queries that meet distances.
         keys_BS: keys of the segment's tokens, for dropout; None in evaluation.
@@ -88,11 +88,17 @@ def encode_distances(context_len: int, d_model: int, clamp_len: int, like: torch
 
 
 def hide_keys(segment_len: int, context_len: int, span: AttentionSpan, device: torch.device) -> torch.Tensor:
-    """The mask [S, C], True where a key is later than its query or beyond the span."""
+    """The mask [S, C], True where a key is later than its query or beyond the span; see `hide_padding`."""
     keys_C = torch.arange(context_len, device=device)
     distance_SC = keys_C[context_len - segment_len :, None] - keys_C
     hidden_SC = distance_SC < 0
     return hidden_SC | (distance_SC >= span.memory_len) if span.same_length else hidden_SC
+
+
+def hide_padding(hidden_SC: torch.Tensor, padding_BC: torch.Tensor) -> torch.Tensor:
+    """The mask [B, S, C] that also hides the positions of padding, as keys and as queries."""
+    segment_len = hidden_SC.shape[0]
+    return hidden_SC | padding_BC[:, None, :] | padding_BC[:, -segment_len:, None]
 
 
 class QueryKeyValue(nn.Module):
@@ -141,7 +147,7 @@ class RelativeAttention(nn.Module):
 
     def forward(self, context_BCD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         """Attend from the last S positions of the context, [B, S, D]."""
-        segment_len, context_len = inputs.hidden_SC.shape
+        segment_len, context_len = inputs.hidden_SC.shape[-2:]
         q_ABSW, k_ABCW, v_ABCW = self.qkv(context_BCD, segment_len)
         r_APW = self.position(inputs.distances_PD).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
         content_ABSW = (q_ABSW + inputs.bias_u_AW[:, None, None]) * self.scale
@@ -153,9 +159,8 @@ class RelativeAttention(nn.Module):
             n_keys = context_len - segment_len + stop
             scores = content_ABSW[:, :, start:stop] @ k_ABCW[:, :, :n_keys].transpose(-1, -2)
             scores += _shift(position_ABSW[:, :, start:stop], r_APW[:, -n_keys - 1 :])
-            scores.masked_fill_(inputs.hidden_SC[start:stop, :n_keys], -torch.inf)
-            # Whatever the type, exponentials and their sum are computed in fp32 or wider.
-            probabilities = self._drop(scores.softmax(dim=-1), inputs.keys_BS, start)
+            hidden = inputs.hidden_SC[..., start:stop, :n_keys]
+            probabilities = self._drop(_softmax(scores, hidden), inputs.keys_BS, start)
             blocks.append(probabilities @ v_ABCW[:, :, :n_keys])
         return self.output(torch.cat(blocks, dim=2).permute(1, 2, 0, 3).flatten(2))
 
@@ -169,6 +174,17 @@ class RelativeAttention(nn.Module):
         keys_BN = keys_BS[:, first : first + probabilities_ABNC.shape[2]]
         heads_A = torch.arange(self.n_heads, device=keys_BS.device)
         return self.dropout(probabilities_ABNC, draw(keys_BN, heads_A[:, None, None]))
+
+
+def _softmax(scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Probabilities of the keys, 0 where they are hidden; a query of padding, which sees none, gets 0 alone.
+
+    Whatever the type, exponentials and their sum are computed in fp32 or wider.
+    """
+    if hidden.dim() == 2:
+        return scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+    lowest = torch.finfo(scores.dtype).min  # of rows of infinities the softmax and its gradient are NaN
+    return scores.masked_fill_(hidden, lowest).softmax(dim=-1).masked_fill(hidden, 0)
 
 
 def _shift(queries_ABNW: torch.Tensor, distances_APW: torch.Tensor) -> torch.Tensor:

@@ -56,9 +56,21 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(model.d_model)
 
     def forward(
-        self, x_BSD: torch.Tensor, memory_BMD: torch.Tensor, inputs: AttentionInputs, context: RouterContext
+        self,
+        x_BSD: torch.Tensor,
+        memory_BMD: torch.Tensor,
+        inputs: AttentionInputs,
+        context: RouterContext,
+        real_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing | None]:
         """Apply the layer.
+
+        Args:
+            x_BSD: output of the layer below.
+            memory_BMD: the layer's inputs in earlier segments.
+            inputs: what the attention of all layers shares.
+            context: what the router may look at; of the real tokens alone.
+            real_N: places in B * S of the tokens that are no padding, which alone go to experts; None: all.
 
         Returns:
             [B, S, D], and the mixture layer's decision if the layer has one.
@@ -69,7 +81,7 @@ class Block(nn.Module):
         else:
             x_BSD = self._attend(x_BSD, memory_BMD, inputs)
         if self.moe is not None:
-            y_BSD, routing = self.moe(self._before(self.feed_forward_norm, x_BSD), context)
+            y_BSD, routing = self._mix(self._before(self.feed_forward_norm, x_BSD), context, real_N)
             y_BSD = self.feed_forward_dropout(y_BSD, inputs.keys_BS)
             return self._after(self.feed_forward_norm, x_BSD, y_BSD), routing
         if recompute:
@@ -80,6 +92,16 @@ class Block(nn.Module):
         context_BCD = self._before(self.attention_norm, torch.cat([memory_BMD, x_BSD], dim=1))
         y_BSD = self.attention_dropout(self.attention(context_BCD, inputs), inputs.keys_BS)
         return self._after(self.attention_norm, x_BSD, y_BSD)
+
+    def _mix(
+        self, x_BSD: torch.Tensor, context: RouterContext, real_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Routing]:
+        assert self.moe is not None
+        if real_N is None:
+            return self.moe(x_BSD, context)
+        y_ND, routing = self.moe(x_BSD.flatten(0, 1)[real_N], context)
+        y_TD = y_ND.new_zeros(x_BSD.shape[0] * x_BSD.shape[1], y_ND.shape[-1])
+        return y_TD.index_copy(0, real_N, y_ND).view(x_BSD.shape), routing
 
     def _feed_forward(self, x_BSD: torch.Tensor, keys_BS: torch.Tensor | None) -> torch.Tensor:
         assert self.feed_forward is not None

@@ -16,8 +16,13 @@ def initialize(transformer: nn.Module, model: ModelConfig, seed: int) -> None:
     """
     for name, parameter in transformer.named_parameters():
         if ".moe." not in name:
-            mean, std = _distribution(name, model)
-            parameter.copy_(normal(tuple(parameter.shape), std, seed, name, mean=mean))
+            parameter.copy_(initial_values(name, tuple(parameter.shape), model, seed))
+
+
+def initial_values(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
+    """What `initialize` draws for the parameter `name`, fp32."""
+    mean, std = _distribution(name, model)
+    return normal(shape, std, seed, name, mean=mean)
 
 
 def _distribution(name: str, model: ModelConfig) -> tuple[float, float]:

@@ -5,14 +5,20 @@ Shapes: B batch, S segment, M memory, D model width, V vocabulary, L layers.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megamoe.config.schema import ModelConfig, MoEConfig
 from megamoe.models.adaptive_softmax import AdaptiveSoftmax
-from megamoe.models.attention import AttentionInputs, AttentionSpan, encode_distances, hide_keys
+from megamoe.models.attention import (
+    AttentionInputs,
+    AttentionSpan,
+    encode_distances,
+    hide_keys,
+    hide_padding,
+)
 from megamoe.models.block import Block
 from megamoe.models.embeddings import AdaptiveEmbedding
 from megamoe.models.initialization import initialize
@@ -40,10 +46,16 @@ class ModelOutput(NamedTuple):
     routings: tuple[Routing, ...]
 
 
-class TransformerXL(nn.Module):
-    """Dai et al., Transformer-XL, ACL 2019, with experts in the layers that `moe.layers` names.
+class Hidden(NamedTuple):
+    """What `Backbone.read` gives: see `ModelOutput`, which has the same fields."""
 
-    The initial values depend on `seed` and the names of the parameters alone.
+    hidden_BSD: torch.Tensor
+    memory: tuple[torch.Tensor, ...]
+    routings: tuple[Routing, ...]
+
+
+class Backbone(nn.Module):
+    """Everything below the output layer, which a subclass adds before it calls `initialize`.
 
     Args:
         model: the backbone; its `vocab_size` must be set.
@@ -81,11 +93,9 @@ class TransformerXL(nn.Module):
         self.attention_bias_v = nn.Parameter(torch.empty(model.n_heads, model.d_head))
         self.embedding = AdaptiveEmbedding(model)
         self.layers = nn.ModuleList(Block(model, i, mixtures.get(i)) for i in range(model.n_layers))
-        self.output = AdaptiveSoftmax(model)
         self.embedding_dropout = Dropout(model.dropout, "embedding")
         self.position_dropout = Dropout(model.dropout, "positions")
         self.output_dropout = Dropout(model.dropout, "output")
-        initialize(self, model, seed)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -97,6 +107,93 @@ class TransformerXL(nn.Module):
         for module in self.modules():
             if isinstance(module, Block | MoELayer):
                 module.checkpoint_activations = enabled
+
+    def read(
+        self,
+        input_ids_BS: torch.Tensor,
+        memory: tuple[torch.Tensor, ...] | None,
+        *,
+        top_k: int | None,
+        step: int,
+        span: AttentionSpan | None,
+        keys_BS: torch.Tensor | None,
+        padding_BC: torch.Tensor | None = None,
+    ) -> Hidden:
+        """Read one segment; see `TransformerXL.forward`.
+
+        Args:
+            keys_BS: from `token_keys`.
+            padding_BC: True where a position of memory or segment is padding: it sees nothing, nothing
+                sees it, and it goes to no expert. None where there is none.
+        """
+        span = span or self.span
+        x_BSD = self.embedding_dropout(self.embedding(input_ids_BS), keys_BS)
+        memory = memory or (x_BSD[:, :0].detach(),) * len(self.layers)
+        inputs = self._attention_inputs(x_BSD, memory[0], span, step, keys_BS, padding_BC)
+        token_ids_T, real_N = input_ids_BS.flatten(), None
+        token_keys_T = None if keys_BS is None else keys_BS.flatten()
+        if padding_BC is not None:
+            real_N = (~padding_BC[:, -input_ids_BS.shape[1] :]).flatten().nonzero().flatten()
+            token_ids_T = token_ids_T[real_N]
+            token_keys_T = None if token_keys_T is None else token_keys_T[real_N]
+        context = RouterContext(
+            step=step,
+            seed=self.seed,
+            top_k=self.moe_config.top_k if top_k is None else top_k,
+            token_ids_T=token_ids_T,
+            token_keys_T=token_keys_T,
+            mean_over_ranks=self.mean_over_ranks,
+        )
+        new_memory, routings = [], []
+        for layer, memory_BMD in zip(self.layers, memory, strict=True):
+            new_memory.append(_extend(memory_BMD, x_BSD, span.memory_len))
+            x_BSD, routing = layer(x_BSD, memory_BMD, inputs, context, real_N)
+            if routing is not None:
+                routings.append(routing)
+                context = replace(context, previous=routing)
+        return Hidden(self.output_dropout(x_BSD, keys_BS), tuple(new_memory), tuple(routings))
+
+    def token_keys(self, input_ids_BS: torch.Tensor, step: int, rows: range | None) -> torch.Tensor | None:
+        """Keys [B, S] by which the tokens draw dropout; None in evaluation. See `TransformerXL.forward`."""
+        if not self.training:
+            return None
+        batch_size, segment_len = input_ids_BS.shape
+        rows = range(batch_size) if rows is None else rows
+        assert len(rows) == batch_size, f"{rows} for a batch of {batch_size}"
+        return token_keys(self.seed, step, rows, segment_len, input_ids_BS.device)
+
+    def _attention_inputs(
+        self,
+        x_BSD: torch.Tensor,
+        memory_BMD: torch.Tensor,
+        span: AttentionSpan,
+        step: int,
+        keys_BS: torch.Tensor | None,
+        padding_BC: torch.Tensor | None,
+    ) -> AttentionInputs:
+        segment_len = x_BSD.shape[1]
+        context_len = memory_BMD.shape[1] + segment_len
+        distances_PD = encode_distances(context_len, x_BSD.shape[2], span.clamp_len, like=x_BSD)
+        hidden_SC = hide_keys(segment_len, context_len, span, x_BSD.device)
+        if padding_BC is not None:
+            hidden_SC = hide_padding(hidden_SC, padding_BC)
+        if self.position_dropout.active:
+            distances_P = torch.arange(context_len, -1, -1, device=x_BSD.device)
+            distances_PD = self.position_dropout(distances_PD, position_keys(self.seed, step, distances_P))
+        return AttentionInputs(distances_PD, hidden_SC, self.attention_bias_u, self.attention_bias_v, keys_BS)
+
+
+class TransformerXL(Backbone):
+    """Dai et al., Transformer-XL, ACL 2019, with experts in the layers that `moe.layers` names.
+
+    The initial values depend on `seed` and the names of the parameters alone. Arguments and errors are
+    those of `Backbone`.
+    """
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, *, seed: int, **settings: Any) -> None:
+        super().__init__(model, moe, seed=seed, **settings)
+        self.output = AdaptiveSoftmax(model)
+        initialize(self, model, seed)
 
     def forward(
         self,
@@ -122,27 +219,14 @@ class TransformerXL(nn.Module):
             span: how far back attention reaches; None means as in training.
             return_logits: also score the whole vocabulary.
         """
-        span = span or self.span
-        keys_BS = self._token_keys(input_ids_BS, step, rows) if self.training else None
-        x_BSD = self.embedding_dropout(self.embedding(input_ids_BS), keys_BS)
-        memory = memory or (x_BSD[:, :0].detach(),) * len(self.layers)
-        inputs = self._attention_inputs(x_BSD, memory[0], span, step, keys_BS)
-        context = RouterContext(
+        hidden_BSD, memory, routings = self.read(
+            input_ids_BS,
+            memory,
+            top_k=top_k,
             step=step,
-            seed=self.seed,
-            top_k=self.moe_config.top_k if top_k is None else top_k,
-            token_ids_T=input_ids_BS.flatten(),
-            token_keys_T=None if keys_BS is None else keys_BS.flatten(),
-            mean_over_ranks=self.mean_over_ranks,
+            span=span,
+            keys_BS=self.token_keys(input_ids_BS, step, rows),
         )
-        new_memory, routings = [], []
-        for layer, memory_BMD in zip(self.layers, memory, strict=True):
-            new_memory.append(_extend(memory_BMD, x_BSD, span.memory_len))
-            x_BSD, routing = layer(x_BSD, memory_BMD, inputs, context)
-            if routing is not None:
-                routings.append(routing)
-                context = replace(context, previous=routing)
-        hidden_BSD = self.output_dropout(x_BSD, keys_BS)
         loss_BS, logits_BSV = self.output(
             hidden_BSD,
             targets_BS,
@@ -150,30 +234,7 @@ class TransformerXL(nn.Module):
             list(self.embedding.projections),
             return_logits=return_logits,
         )
-        return ModelOutput(loss_BS, logits_BSV, hidden_BSD, tuple(new_memory), tuple(routings))
-
-    def _token_keys(self, input_ids_BS: torch.Tensor, step: int, rows: range | None) -> torch.Tensor:
-        batch_size, segment_len = input_ids_BS.shape
-        rows = range(batch_size) if rows is None else rows
-        assert len(rows) == batch_size, f"{rows} for a batch of {batch_size}"
-        return token_keys(self.seed, step, rows, segment_len, input_ids_BS.device)
-
-    def _attention_inputs(
-        self,
-        x_BSD: torch.Tensor,
-        memory_BMD: torch.Tensor,
-        span: AttentionSpan,
-        step: int,
-        keys_BS: torch.Tensor | None,
-    ) -> AttentionInputs:
-        segment_len = x_BSD.shape[1]
-        context_len = memory_BMD.shape[1] + segment_len
-        distances_PD = encode_distances(context_len, x_BSD.shape[2], span.clamp_len, like=x_BSD)
-        hidden_SC = hide_keys(segment_len, context_len, span, x_BSD.device)
-        if self.position_dropout.active:
-            distances_P = torch.arange(context_len, -1, -1, device=x_BSD.device)
-            distances_PD = self.position_dropout(distances_PD, position_keys(self.seed, step, distances_P))
-        return AttentionInputs(distances_PD, hidden_SC, self.attention_bias_u, self.attention_bias_v, keys_BS)
+        return ModelOutput(loss_BS, logits_BSV, hidden_BSD, memory, routings)
 
 
 def _extend(memory_BMD: torch.Tensor, x_BSD: torch.Tensor, memory_len: int) -> torch.Tensor:

@@ -16,7 +16,8 @@ from torch import nn
 
 from megamoe.config.schema import RunConfig
 from megamoe.errors import DistributedError
-from megamoe.models.transformer_xl import ModelOutput, TransformerXL
+from megamoe.models.model_of import model_of
+from megamoe.models.transformer_xl import Backbone
 from megamoe.moe.layer import MoELayer
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import Layout, layout_of
@@ -79,7 +80,7 @@ class Engine:
         )
 
     @property
-    def model(self) -> TransformerXL:
+    def model(self) -> Backbone:
         """The model that DeepSpeed trains."""
         return self.deepspeed.module
 
@@ -88,8 +89,8 @@ class Engine:
         size = self.layout.micro_batch_size
         return self.rows[index * size : (index + 1) * size]
 
-    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        """`TransformerXL.forward` through DeepSpeed."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `forward` through DeepSpeed."""
         return self.deepspeed(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -151,12 +152,10 @@ def global_grad_norm(model: nn.Module) -> float:
     return math.sqrt(square)
 
 
-def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -> TransformerXL:
+def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -> Backbone:
     """The model of a run with this rank's share of the experts."""
-    model = TransformerXL(
-        replace(run.model, vocab_size=vocab_size),
-        run.moe,
-        seed=run.training.seed,
+    model = model_of(
+        replace(run, model=replace(run.model, vocab_size=vocab_size)),
         build_moe_layer=moe_layer_builder(layout, world.rank),
         mean_over_ranks=world.mean,
     )

@@ -5,19 +5,31 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
-from torch.distributed.rendezvous import rendezvous
 
 from megamoe.errors import DistributedError
+from megamoe.launchers import (
+    DEEPSPEED,
+    EXPORTED,
+    MPI,
+    OPEN_MPI,
+    TORCHRUN,
+    UNREAD,
+    Variables,
+    counted_by,
+    is_exported,
+)
+from megamoe.parallel.meeting import join
+from megamoe.parallel.mpi import rank_0_address
+from megamoe.parallel.network import LOOPBACK
 
-LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
 GROUP_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other to come up, and in any collective."""
@@ -55,72 +67,62 @@ class Launch:
         }
 
 
-@dataclass(frozen=True)
-class _Variables:
-    """The names one launcher uses."""
-
-    launcher: str
-    rank: str
-    size: str
-    local_rank: str
-    local_size: tuple[str, ...]
+Discover = Callable[[int], tuple[str, int]]
 
 
-_EXPLICIT = _Variables("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-_OPEN_MPI = _Variables(
-    "Open MPI",
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-)
-_MPI = _Variables("MPI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",))
-# The number of tasks in the step tells srun from the batch shell, which has a SLURM_PROCID too.
-_SRUN = _Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ())
-
-
-def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+def read_launch(environ: Mapping[str, str] = os.environ, discover: Discover = rank_0_address) -> Launch:
     """Find out how this process was started.
 
     RANK and WORLD_SIZE, which the deepspeed launcher and torchrun set, come first; then the
     variables of Open MPI, of MPICH and Intel MPI, and of a Slurm step; else it is a single process.
     MASTER_ADDR and MASTER_PORT count under every launcher.
 
+    Args:
+        environ: the variables.
+        discover: tells rank 0's host and port, given the world size, where an MPI launcher has started
+            several processes and no address is exported; by default it asks MPI, on all ranks.
+
     Raises:
         DistributedError: a variable is missing, is no number, is out of range, or contradicts
             another launcher's.
     """
-    started_by = _started_by(environ)
-    if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        return _launch(started_by, environ) if started_by else Launch()
-    explicit = _launch(_EXPLICIT, environ)
-    one_launcher_per_node = "TORCHELASTIC_RUN_ID" in environ or "CROSS_SIZE" in environ
-    if started_by and not one_launcher_per_node:
-        _require_same_size(explicit, started_by, environ)
-    return explicit
+    names = counted_by(environ)
+    if names is None:
+        _require_known_launcher(environ)
+        return Launch()
+    if names is EXPORTED or not is_exported(environ):
+        return _launch(names, environ, discover)
+    _require_same(names, environ)
+    return replace(_launch(EXPORTED, environ, discover), launcher=names.launcher)
 
 
-def _started_by(environ: Mapping[str, str]) -> _Variables | None:
-    """The launcher that started each process by itself."""
-    # mpirun inside a Slurm step leaves the variables of its daemons' step in place, so MPI's count first.
-    # srun --mpi=pmi2 sets PMI's beside its own, which say more.
-    present = [names for names in (_OPEN_MPI, _MPI, _SRUN) if {names.rank, names.size} <= environ.keys()]
-    if present == [_MPI, _SRUN]:
-        mpi, srun = ([environ[names.rank], environ[names.size]] for names in present)
-        return _SRUN if mpi == srun else _MPI
-    return present[0] if present else None
+def _require_known_launcher(environ: Mapping[str, str]) -> None:
+    """Refuse to be one of many single processes that do the same work into the same folder."""
+    for name in UNREAD:
+        if name in environ:
+            raise DistributedError(
+                f"{name} = {environ[name]}: set by a launcher whose variables are not read; export RANK,"
+                " WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or unset it to run one process"
+            )
 
 
-def _require_same_size(explicit: Launch, names: _Variables, environ: Mapping[str, str]) -> None:
-    size = _number(environ, names.size)
-    if size != explicit.world_size:
+def _require_same(names: Variables, environ: Mapping[str, str]) -> None:
+    """Refuse RANK and WORLD_SIZE that say otherwise than the launcher that started this process."""
+    exported_size, size = _number(environ, "WORLD_SIZE"), _number(environ, names.size)
+    if size != exported_size:
         raise DistributedError(
-            f"WORLD_SIZE = {explicit.world_size}: {names.launcher} started {size} processes"
-            f" ({names.size}); unset RANK and WORLD_SIZE, or start {explicit.world_size}"
+            f"WORLD_SIZE = {exported_size}: {names.launcher} started {size} processes"
+            f" ({names.size}); unset RANK and WORLD_SIZE, or start {exported_size}"
+        )
+    exported_rank, rank = _number(environ, "RANK"), _number(environ, names.rank)
+    if rank != exported_rank:
+        raise DistributedError(
+            f"RANK = {exported_rank}: {names.launcher} counts this process as {rank} ({names.rank}); unset"
+            " RANK and WORLD_SIZE, which may be left over in this shell"
         )
 
 
-def _launch(names: _Variables, environ: Mapping[str, str]) -> Launch:
+def _launch(names: Variables, environ: Mapping[str, str], discover: Discover) -> Launch:
     world_size = _number(environ, names.size)
     rank = _number(environ, names.rank)
     _require_below(names.rank, rank, names.size, world_size)
@@ -133,7 +135,7 @@ def _launch(names: _Variables, environ: Mapping[str, str]) -> Launch:
         local_rank,
         local_size,
         _launcher(names, environ),
-        _address(names, environ, one_node=local_size == world_size),
+        _address(names, environ, local_size, world_size, discover),
     )
 
 
@@ -154,12 +156,12 @@ def _require_below(name: str, value: int, limit_name: str, limit: int) -> None:
         raise DistributedError(f"{name} = {value}: must be below {limit_name} = {limit}")
 
 
-def _local_size(names: _Variables, environ: Mapping[str, str], world_size: int) -> int:
+def _local_size(names: Variables, environ: Mapping[str, str], world_size: int) -> int:
     for name in names.local_size:
         if name in environ:
             return _number(environ, name)
     tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    if names is not _EXPLICIT and tasks_per_node:
+    if names is not EXPORTED and tasks_per_node:
         return _tasks_on_node(tasks_per_node, _number(environ, "SLURM_NODEID"))
     return world_size
 
@@ -175,27 +177,46 @@ def _tasks_on_node(tasks_per_node: str, node: int) -> int:
     return tasks[node]
 
 
-def _launcher(names: _Variables, environ: Mapping[str, str]) -> str:
-    if names is not _EXPLICIT:
+def _launcher(names: Variables, environ: Mapping[str, str]) -> str:
+    if names is not EXPORTED:
         return names.launcher
-    if "TORCHELASTIC_RUN_ID" in environ:
+    if TORCHRUN in environ:
         return "torchrun"
-    return "deepspeed" if "CROSS_SIZE" in environ else names.launcher
+    return "deepspeed" if DEEPSPEED in environ else names.launcher
 
 
-def _address(names: _Variables, environ: Mapping[str, str], *, one_node: bool) -> tuple[str, int]:
-    """Where rank 0 listens: as exported, else its node by the launcher's word and a port per job."""
-    nodes = environ.get("SLURM_STEP_NODELIST" if names.launcher == "srun" else "SLURM_JOB_NODELIST", "")
-    host = environ.get("MASTER_ADDR") or (LOOPBACK if one_node else _first_host(nodes))
+def _address(
+    names: Variables, environ: Mapping[str, str], local_size: int, world_size: int, discover: Discover
+) -> tuple[str, int]:
+    """Where rank 0 listens: as exported, else as the ranks agree over MPI, else as Slurm tells."""
+    host, port = environ.get("MASTER_ADDR", ""), _port(environ)
+    if names in (OPEN_MPI, MPI) and world_size > 1 and not (host and port):
+        found_host, found_port = discover(world_size)
+        return host or found_host, port or found_port
+    if not host:
+        host = LOOPBACK if local_size == world_size else _first_host(environ.get("SLURM_STEP_NODELIST", ""))
     if not host:
         raise DistributedError(
             "MASTER_ADDR: not set, and the launcher does not tell; export the host of rank 0 and MASTER_PORT"
         )
-    if "MASTER_PORT" in environ:
-        return host, _number(environ, "MASTER_PORT")
-    job = environ.get("PMIX_NAMESPACE") or environ.get("SLURM_JOB_ID")
-    step = environ.get("SLURM_STEP_ID", "")
-    return host, 20_000 + zlib.crc32(f"{job}.{step}".encode()) % 10_000 if job else DEFAULT_PORT
+    return host, port or _port_of_job(environ)
+
+
+def _port_of_job(environ: Mapping[str, str]) -> int:
+    """One port for all ranks of a Slurm step, another for another; they cannot ask each other yet."""
+    if "SLURM_JOB_ID" not in environ:
+        return DEFAULT_PORT
+    step = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '')}"
+    return 20_000 + zlib.crc32(step.encode()) % 10_000
+
+
+def _port(environ: Mapping[str, str]) -> int | None:
+    if "MASTER_PORT" not in environ:
+        return None
+    port = _number(environ, "MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise DistributedError(f"MASTER_PORT = {port}: give a free port, 1024 to 65535")
+    return port
 
 
 def _first_host(nodes: str) -> str:
@@ -258,15 +279,15 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
     """Join the process group of a run: NCCL on GPUs, else gloo. A group that exists is used as it is.
 
     Raises:
-        DistributedError: there are fewer GPUs than processes on this node, the other ranks cannot
-            be reached in time, or the existing group is another one than `launch` describes.
+        DistributedError: there are fewer GPUs than processes on this node, the ranks cannot work together
+            (see `megamoe.parallel.meeting`), or the existing group is another one than `launch` describes.
     """
     os.environ.update(launch.environment())
     _quiet(launch)
     _share_cores(launch)
     device = _device(launch)
     if not dist.is_initialized():
-        _join(launch, device, timeout)
+        join(launch, "nccl" if device.type == "cuda" else "gloo", timeout)
     if (dist.get_rank(), dist.get_world_size()) != (launch.rank, launch.world_size):
         raise DistributedError(
             f"rank {dist.get_rank()} of {dist.get_world_size()}: the running process group is not the"
@@ -297,37 +318,32 @@ def forget_groups() -> None:
 
 
 def _device(launch: Launch) -> torch.device:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available():
+        _require_no_hidden_gpus(visible)
         return torch.device("cpu")
     if launch.local_rank >= torch.cuda.device_count():
+        shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES = {visible!r})"
         raise DistributedError(
-            f"LOCAL_RANK = {launch.local_rank}: this process sees {torch.cuda.device_count()} GPUs; start one"
-            " process per GPU, and let each see all GPUs of its node (Slurm: --gpus-per-node)"
+            f"LOCAL_RANK = {launch.local_rank}: this process sees {torch.cuda.device_count()} GPUs{shown};"
+            " start one process per GPU, and let each see all GPUs of its node (Slurm: --gpus-per-node)"
         )
     torch.cuda.set_device(launch.local_rank)
     return torch.device("cuda", launch.local_rank)
 
 
-def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if launch.world_size == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    host, port = launch.address
-    place = f"MASTER_ADDR = {host}, MASTER_PORT = {port}"
-    try:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        # Two jobs at one port would mix their ranks and wait for each other for ever.
-        if store.add(f"megamoe/rank {rank}", 1) > 1:
-            raise DistributedError(
-                f"{place}: another job is using this port, its rank {rank} was here first; choose another one"
-                " (--master_port)"
-            )
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
+def _require_no_hidden_gpus(visible: str | None, driver: Path = Path("/proc/driver/nvidia/gpus")) -> None:
+    """Refuse to train on the CPU of a GPU node because a list of GPUs names none of them.
+
+    An empty list, -1 and DS_ACCELERATOR=cpu say that the CPU is meant.
+    """
+    on_purpose = visible in (None, "", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if not on_purpose and torch.version.cuda and driver.exists():
+        n_gpus = len(list(driver.iterdir()))
         raise DistributedError(
-            f"{place}: {launch.world_size} processes could not meet there ({str(error).splitlines()[0]})"
-        ) from error
+            f"CUDA_VISIBLE_DEVICES = {visible!r}: names none of this node's {n_gpus} GPUs that can be used;"
+            " mend or unset it, or set DS_ACCELERATOR=cpu to use the CPU"
+        )
 
 
 def _share_cores(launch: Launch) -> None:

@@ -1,6 +1,7 @@
 """What a run shows before its first step: every quantity that follows from its settings."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,40 +53,60 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     return ParameterCounts(trainable, frozen, experts)
 
 
-def banner(trainer: "Trainer") -> Table:
+def banner(rows: Mapping[str, str]) -> Table:
     """A table of names and values."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column()
-    for name, value in _rows(trainer).items():
+    for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def _rows(trainer: "Trainer") -> dict[str, str]:
-    run, layout, corpus = trainer.run, trainer.engine.layout, trainer.corpus
+def describe(trainer: "Trainer") -> dict[str, str]:
+    """What the banner of a language model says."""
+    run, corpus = trainer.run, trainer.corpus
     sizes = ", ".join(f"{split} {len(tokens):,}" for split, tokens in corpus.tokens.items())
-    start = f"resuming at step {trainer.step:,}" if trainer.step else "from scratch"
-    span = evaluation_span(run)
-    top_ks = top_ks_to_score(run, run.evaluation.top_ks)
+    tokens_per_step = run.training.batch_size * run.model.segment_len
+    streams = f"{run.evaluation.batch_size} streams x {run.evaluation.segment_len} tokens"
     return {
-        "run": f"{trainer.folder.root}  ({start}, {run.training.max_steps:,} steps)",
+        "run": run_row(trainer, "from scratch"),
         "corpus": f"{corpus.name}  ({corpus.unit}s: {sizes}; vocabulary {corpus.vocab_size:,}) {corpus.note}",
+        **model_rows(trainer),
+        "batch": f"{batch_row(trainer, 'streams')}; {tokens_per_step:,} tokens per step",
+        **schedule_rows(trainer, streams),
+    }
+
+
+def run_row(trainer: "Trainer", origin: str) -> str:
+    """Where the run lies, and where it starts: at a step that was done before, or at `origin`."""
+    start = f"resuming at step {trainer.step:,}" if trainer.step else origin
+    return f"{trainer.folder.root}  ({start}, {trainer.run.training.max_steps:,} steps)"
+
+
+def model_rows(trainer: "Trainer") -> dict[str, str]:
+    """What is trained, and how it lies on the ranks."""
+    layout = trainer.engine.layout
+    return {
         "model": _model_row(trainer),
         "parameters": _parameter_row(trainer),
         "routing": _routing_row(trainer),
         "layout": _layout_row(trainer),
         "precision": f"{str(layout.dtype).removeprefix('torch.')}, ZeRO stage {layout.zero_stage}",
-        "batch": _batch_row(trainer),
+    }
+
+
+def schedule_rows(trainer: "Trainer", batches: str) -> dict[str, str]:
+    """The learning rate, and how `batches` are scored."""
+    run = trainer.run
+    top_ks = top_ks_to_score(run, run.evaluation.top_ks)
+    scored = "" if top_ks == (NO_EXPERTS,) else f", test at k = {_list(top_ks)}"
+    return {
         "learning rate": (
             f"{run.optimizer.name}, {run.optimizer.schedule}, peak {run.optimizer.lr:g},"
             f" warm-up {run.optimizer.warmup_steps} steps, clip {run.training.grad_clip:g}"
         ),
-        "evaluation": (
-            f"{run.evaluation.batch_size} streams x {run.evaluation.segment_len} tokens,"
-            f" memory {span.memory_len}"
-            + ("" if top_ks == (NO_EXPERTS,) else f", test at k = {_list(top_ks)}")
-        ),
+        "evaluation": f"{batches}, memory {evaluation_span(run).memory_len}{scored}",
     }
 
 
@@ -130,13 +151,13 @@ def _layout_row(trainer: "Trainer") -> str:
     return text
 
 
-def _batch_row(trainer: "Trainer") -> str:
+def batch_row(trainer: "Trainer", unit: str) -> str:
+    """How the `unit`s of a global batch are shared out."""
     training, layout = trainer.run.training, trainer.engine.layout
     accumulated = f" x {layout.accumulation} accumulated" if layout.accumulation > 1 else ""
     return (
-        f"{training.batch_size} streams = {layout.micro_batch_size} per forward pass{accumulated}"
-        f" x {layout.world_size} rank{'s' * (layout.world_size > 1)};"
-        f" {training.batch_size * trainer.run.model.segment_len:,} tokens per step"
+        f"{training.batch_size} {unit} = {layout.micro_batch_size} per forward pass{accumulated}"
+        f" x {layout.world_size} rank{'s' * (layout.world_size > 1)}"
     )
 
 

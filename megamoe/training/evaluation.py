@@ -45,6 +45,11 @@ class Evaluation:
         """The k whose validation figure decides which checkpoint is best."""
         return max(self.nats)
 
+    @property
+    def selection(self) -> float:
+        """The figure at the largest k by which checkpoints are compared; the lowest is best."""
+        return self.figure(self.largest_k)
+
     def figure(self, top_k: int) -> float:
         """The loss at `top_k` in the corpus' own metric."""
         return in_metric(self.nats[top_k], self.metric)
@@ -54,6 +59,15 @@ class Evaluation:
         if self.words_per_token is None:
             return None
         return _exp(self.nats[top_k] / self.words_per_token)
+
+    def cells(self, top_k: int) -> dict[str, str]:
+        """What a table says about `top_k`, by the title of the column."""
+        cells = {
+            self.metric: format_figure(self.figure(top_k), self.metric).split()[0],
+            "nats per token": f"{self.nats[top_k]:.4f}",
+        }
+        per_word = self.word_perplexity(top_k)
+        return cells if per_word is None else cells | {"ppl per word": f"{per_word:.2f}"}
 
     def metrics(self) -> dict[str, float]:
         """Named ``split/loss_k4``, ``split/bpc_k4``, for metrics.jsonl."""
@@ -84,8 +98,19 @@ class Evaluation:
 
 
 def in_metric(nats: float, metric: str) -> float:
-    """A loss of `nats` per token as bits per symbol ("bpc") or perplexity ("ppl")."""
+    """A loss of `nats` as bits per symbol ("bpc"), as perplexity ("ppl") or as it is ("loss")."""
+    if metric == "loss":
+        return nats
     return nats / math.log(2) if metric == "bpc" else _exp(nats)
+
+
+def format_figure(value: float, metric: str) -> str:
+    """ "1.2345 bpc", "23.45 ppl", "0.1234 nats" or "81.20 %"."""
+    if metric == "accuracy":
+        return f"{100 * value:.2f} %"
+    if metric == "loss":
+        return f"{value:.4f} nats"
+    return f"{value:.4f} {metric}" if metric == "bpc" else f"{value:.2f} {metric}"
 
 
 def top_ks_to_score(run: RunConfig, wanted: Iterable[int]) -> tuple[int, ...]:

@@ -80,9 +80,18 @@ class Watch:
         run: the run; `training.hang_timeout` seconds without a beat end it, 0 never does.
         world: the ranks.
         folder: of the signs of all ranks; it must be one that all nodes see.
+        option: by which the user sets the limit.
     """
 
-    def __init__(self, heartbeat: Heartbeat, run: RunConfig, world: World, folder: Path) -> None:
+    def __init__(
+        self,
+        heartbeat: Heartbeat,
+        run: RunConfig,
+        world: World,
+        folder: Path,
+        option: str = "training.hang_timeout",
+    ) -> None:
+        self.option = option
         self.heartbeat, self.folder = heartbeat, folder
         self.rank, self.world_size = world.rank, world.world_size
         self.timeout = timeout = run.training.hang_timeout
@@ -132,7 +141,7 @@ class Watch:
         limit = MISSED_WRITES * self.interval
         silent = [rank for rank, age in enumerate(ages) if age is None or age > limit]
         if self.rank == min(set(range(self.world_size)) - set(silent), default=self.rank):
-            report = describe_hang(signs, ages, silent, self.timeout)
+            report = describe_hang(signs, ages, silent, f"{self.option} = {self.timeout:g}")
             print(f"megamoe: error: {report}\n  stacks of all threads: {self.folder}", file=sys.stderr)
         else:
             self._over.wait(2 * self.interval)  # a launcher ends all when the first has left
@@ -172,15 +181,13 @@ def read_signs(folder: Path, world_size: int) -> tuple[list[Sign | None], list[f
     return signs, [None if at is None else newest - at for at in written]
 
 
-def describe_hang(
-    signs: list[Sign | None], ages: list[float | None], silent: list[int], timeout: float
-) -> str:
+def describe_hang(signs: list[Sign | None], ages: list[float | None], silent: list[int], limit: str) -> str:
     """Who holds up a run: ranks that are silent, else those that have beaten least; and where the rest is."""
     known = [sign for sign in signs if sign is not None]
     fewest = min((sign.beats for sign in known), default=0)
     behind = [sign.rank for sign in known if sign.beats == fewest]
     culprits = silent or (behind if len(behind) < len(known) else [])
-    lines = [f"training.hang_timeout = {timeout:g}: no progress for so many seconds"]
+    lines = [f"{limit}: no progress for so many seconds"]
     for rank in culprits:
         sign, age = signs[rank], ages[rank]
         if sign is None or age is None:

@@ -25,14 +25,15 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def plot_run(metrics: Path, image: Path, *, title: str, metric: str) -> Path:
+def plot_run(metrics: Path, image: Path, *, title: str, metric: str, loss_metric: str = "") -> Path:
     """Draw the curves of a metrics file into a PNG.
 
     Args:
         metrics: a metrics.jsonl.
         image: where to write.
         title: name of the run and of its corpus.
-        metric: "bpc" or "ppl".
+        metric: of the test figures: "bpc", "ppl" or "accuracy".
+        loss_metric: of the curves, "loss" for nats; empty: that of the test figures.
     """
     import matplotlib
 
@@ -43,7 +44,7 @@ def plot_run(metrics: Path, image: Path, *, title: str, metric: str) -> Path:
     with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(2, 2, figsize=(12, 7.6), layout="constrained")
         figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
-        _losses(panels[0, 0], lines, metric)
+        _losses(panels[0, 0], lines, loss_metric or metric)
         _test_figures(panels[0, 1], lines, metric)
         _schedules(panels[1, 0], lines)
         _load_balance(panels[1, 1], lines)
@@ -55,7 +56,7 @@ def plot_run(metrics: Path, image: Path, *, title: str, metric: str) -> Path:
 
 def _losses(axes: "Axes", lines: Lines, metric: str) -> None:
     steps, losses = _series(lines, f"train/{metric}")
-    axes.set_title(f"Loss ({metric})")
+    axes.set_title("Loss (nats)" if metric == "loss" else f"Loss ({metric})")
     axes.set_xlabel("step")
     if len(losses):
         axes.plot(steps, losses, color=TRAIN, label="train")
@@ -92,7 +93,7 @@ def _test_figures(axes: "Axes", lines: Lines, metric: str) -> None:
     places = range(len(named))
     axes.plot(places, values, color=ACCENT, marker="o", markersize=6)
     for place, value in zip(places, values, strict=True):
-        axes.annotate(f"{value:.3f}" if metric == "bpc" else f"{value:.1f}", (place, value),
+        axes.annotate(f"{value:.1f}" if metric == "ppl" else f"{value:.3f}", (place, value),
                       textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8.5)  # fmt: skip
     axes.set_xticks(list(places), [str(k) if k is not None else "no experts" for k, _ in named])
     axes.set_xlabel("active experts k")

@@ -74,9 +74,20 @@ class RunFolder:
         return self.root / "plots"
 
     @property
+    def curves(self) -> Path:
+        """The image of a finished run."""
+        return self.plots / "curves.png"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of TensorBoard events."""
         return self.root / "tensorboard"
+
+    def is_scored(self, step: int) -> bool:
+        """Whether the run was scored after `step`, and everything written that comes then."""
+        if not (self.results.exists() and self.curves.exists()):
+            return False
+        return json.loads(self.results.read_text(encoding="utf-8"))["steps"] == step
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from megamoe.checkpoint.matching import require_same_options
 from megamoe.checkpoint.reader import CheckpointReader, find_latest, locate
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus, load_corpus
+from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError, StoppedError
 from megamoe.moe.losses import auxiliary_loss
@@ -25,6 +26,7 @@ from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.launch import GROUP_TIMEOUT, Launch, World, start
 from megamoe.parallel.lost import is_lost_rank, lost_rank
+from megamoe.parallel.tie import tied
 from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
@@ -34,6 +36,7 @@ from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.trainer import Trainer
 
 T = TypeVar("T")
+Text: TypeAlias = Corpus | SentenceSet
 
 
 def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
@@ -50,6 +53,25 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
         LostRankError: another rank does not answer.
         MegaMoEError: something does not fit. Nothing has been written then.
     """
+    conduct(run, ds, launch, read_corpus, Trainer)
+
+
+def conduct(
+    run: RunConfig,
+    ds: Mapping[str, Any],
+    launch: Launch,
+    read_text: Callable[[RunConfig], tuple[RunConfig, Text]],
+    trainer_class: type[Trainer],
+) -> None:
+    """What training and fine-tuning share; see `train`.
+
+    Args:
+        run: with a name.
+        ds: DeepSpeed config, in which "auto" is resolved.
+        launch: who this process is.
+        read_text: the text, and the run with what follows from it; without communication.
+        trainer_class: what trains.
+    """
     ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
     resolve_options(run.moe.router)
     top_ks_to_score(run, run.evaluation.top_ks)
@@ -60,22 +82,41 @@ def train(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
         asked = signals.agreed(world)
         if asked is not None:
             raise StoppedError(f"stopped on {asked.name} before the first step")
-        corpus = agree(world, lambda: load_checked_corpus(run))
-        run = with_vocabulary(run, corpus)
-        callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
-        agree(world, lambda: lock.acquire() if world.is_main else None)
-        checkpoint = _checkpoint_to_resume(run, folder, world)
-        reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, corpus))
-        trainer = Trainer(run, ds_config, world, corpus, folder, callbacks)
-        if reader is not None:
-            trainer.resume(reader)
-        _rehearse(trainer)
-        agree(world, lambda: _make_folder(run, ds_config, folder, lock) if world.is_main else None)
-        trainer.train()
+        with tied(world, launch.address[0]):
+            trainer = _set_up(run, ds_config, world, folder, lock, read_text, trainer_class)
+        if trainer is not None:
+            trainer.train()
+
+
+def _set_up(
+    run: RunConfig,
+    ds_config: Mapping[str, Any],
+    world: World,
+    folder: RunFolder,
+    lock: RunLock,
+    read_text: Callable[[RunConfig], tuple[RunConfig, Text]],
+    trainer_class: type[Trainer],
+) -> Trainer | None:
+    """Everything but training, where there is something left to train; the run folder is made last."""
+    run, text = agree(world, lambda: read_text(run))
+    callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
+    agree(world, lambda: lock.acquire() if world.is_main else None)
+    checkpoint = _checkpoint_to_resume(run, folder, world)
+    reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, text, trainer_class))
+    if _is_finished(reader, run, folder, world):
+        return None
+    trainer = trainer_class(run, ds_config, world, text, folder, callbacks)
+    if reader is not None:
+        trainer.resume(reader)
+    else:
+        trainer.begin()
+    _rehearse(trainer)
+    agree(world, lambda: _make_folder(trainer.run, ds_config, folder, lock) if world.is_main else None)
+    return trainer
 
 
 @contextmanager
-def joined(launch: Launch, hang_timeout: float = 0.0) -> Iterator[World]:
+def joined(launch: Launch, hang_timeout: float = 0.0, at_least: timedelta = GROUP_TIMEOUT) -> Iterator[World]:
     """The process group of a launch, which is left at the end and on errors that every rank meets.
 
     After any other error the process just ends, and its launcher ends the others: leaving the group in
@@ -83,12 +124,13 @@ def joined(launch: Launch, hang_timeout: float = 0.0) -> Iterator[World]:
 
     Args:
         launch: who this process is.
-        hang_timeout: seconds that a collective may take at least.
+        hang_timeout: seconds that a collective may take without being ended.
+        at_least: what ranks may take to meet, and in a collective, if that is longer.
 
     Raises:
         LostRankError: another rank does not answer.
     """
-    world = start(launch, max(GROUP_TIMEOUT, timedelta(seconds=hang_timeout + 60)))
+    world = start(launch, max(at_least, timedelta(seconds=hang_timeout + 60)))
     try:
         yield world
     except MegaMoEError:
@@ -118,7 +160,22 @@ def agree(world: World, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def with_vocabulary(run: RunConfig, corpus: Corpus) -> RunConfig:
+def read_corpus(run: RunConfig) -> tuple[RunConfig, Corpus]:
+    """The corpus of a language model, and the run with its vocabulary.
+
+    Raises:
+        ConfigError: the run is to train a classifier, or its vocabulary is not that of the corpus.
+        DataError: the corpus cannot be read.
+    """
+    if run.task.name:
+        raise ConfigError(
+            f"task.name = {run.task.name!r}: is what megamoe finetune trains; leave it out here"
+        )
+    corpus = load_checked_corpus(run)
+    return with_vocabulary(run, corpus), corpus
+
+
+def with_vocabulary(run: RunConfig, corpus: Text) -> RunConfig:
     """`run` with `model.vocab_size` taken from the data, or checked against it.
 
     Raises:
@@ -143,7 +200,7 @@ def load_checked_corpus(run: RunConfig) -> Corpus:
     return corpus
 
 
-def require_same_tokens(reader: CheckpointReader, corpus: Corpus) -> None:
+def require_same_tokens(reader: CheckpointReader, corpus: Text) -> None:
     """Refuse a checkpoint whose token ids mean something else than those of `corpus`.
 
     Raises:
@@ -200,19 +257,20 @@ def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
 
 
 def _open_checkpoint(
-    checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Corpus
+    checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Text, trainer_class: type[Trainer]
 ) -> CheckpointReader | None:
     if checkpoint is None:
         return None
     reader = CheckpointReader(checkpoint)
     require_same_tokens(reader, corpus)
     require_same_options(reader, run.model, run.moe)
+    trainer_class.require_resumable(reader, run, corpus)
     if folder.holds(checkpoint):
         _require_same_run(reader, run, corpus)
     return reader
 
 
-def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Corpus) -> None:
+def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Text) -> None:
     """Refuse to go on in a run folder with another text, at another place in it, or past the end.
 
     Raises:
@@ -238,12 +296,25 @@ def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Corpus) 
         )
 
 
+def _is_finished(reader: CheckpointReader | None, run: RunConfig, folder: RunFolder, world: World) -> bool:
+    """Whether all steps are done and scored, by the word of rank 0, which then says so."""
+    if reader is None or run.checkpoint.resume != "auto" or reader.state.step < run.training.max_steps:
+        return False
+    finished = world.gather_objects(world.is_main and folder.is_scored(run.training.max_steps))[0]
+    if finished and world.is_main:
+        print(
+            f"{folder.root}: all {run.training.max_steps:,} steps are done and scored ({folder.results});"
+            " training.max_steps goes on, megamoe evaluate scores again"
+        )
+    return finished
+
+
 def _rehearse(trainer: Trainer) -> None:
-    """Route two tokens, so that what only a forward pass can refuse is refused before anything is written."""
+    """Route the probe, so that what only a forward pass can refuse is refused before anything is written."""
     engine = trainer.engine
     engine.eval()
     with torch.no_grad():
-        output = engine.forward(torch.zeros(1, 2, dtype=torch.int64, device=engine.device), step=trainer.step)
+        output = engine.forward(**trainer.probe(), step=trainer.step)
         auxiliary_loss(output.routings, trainer.run.moe, trainer.world.mean)
     engine.train()
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megamoe.checkpoint.state import TrainingState
 from megamoe.checkpoint.writer import CheckpointWriter, memory_slices
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
+from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
 from megamoe.moe.losses import auxiliary_loss
@@ -27,6 +28,7 @@ from megamoe.parallel.engine import Engine
 from megamoe.parallel.launch import World
 from megamoe.parallel.lost import is_lost_rank, lost_rank
 from megamoe.training import signals
+from megamoe.training.banner import describe
 from megamoe.training.callbacks.callback import Callback, StepRecord
 from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
 from megamoe.training.guard import Guard
@@ -67,19 +69,15 @@ class Trainer:
         run: RunConfig,
         ds_config: Mapping[str, Any],
         world: World,
-        corpus: Corpus,
+        corpus: Corpus | SentenceSet,
         folder: RunFolder,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.run, self.world, self.corpus, self.folder = run, world, corpus, folder
+        self.run, self.world, self.folder = run, world, folder
+        self.corpus: Any = corpus
         self.callbacks = list(callbacks)
         self.engine = Engine(run, ds_config, world, corpus.vocab_size)
-        self.stream = TokenStream(
-            corpus.tokens["train"],
-            batch_size=run.training.batch_size,
-            segment_len=run.model.segment_len,
-            rows=self.engine.rows,
-        )
+        self.stream = self._open_stream()
         self.memories: list[Memory | None] = [None] * self.engine.micro_batches
         self.plateau = Plateau()
         self.step = self.tokens = 0
@@ -91,6 +89,29 @@ class Trainer:
         self._guard = Guard(run, world)
         self._window = Window()
         self._heartbeat = Heartbeat()
+
+    def _open_stream(self) -> Any:
+        """The batches of this rank by step."""
+        return TokenStream(
+            self.corpus.tokens["train"],
+            batch_size=self.run.training.batch_size,
+            segment_len=self.run.model.segment_len,
+            rows=self.engine.rows,
+        )
+
+    def describe(self) -> dict[str, str]:
+        """Names and values for the banner."""
+        return describe(self)
+
+    def probe(self) -> dict[str, torch.Tensor]:
+        """Held-out text for one forward pass: arguments of it, those of this rank, always the same."""
+        stream = TokenStream(
+            self.corpus.tokens["valid"],
+            batch_size=self.world.world_size,
+            segment_len=self.run.evaluation.segment_len,
+            rows=range(self.world.rank, self.world.rank + 1),
+        )
+        return {"input_ids_BS": stream.batch(0).input_ids_BS.to(self.world.device)}
 
     def train(self) -> None:
         """Run from the present step to the last, then score the test split with the best weights.
@@ -182,6 +203,31 @@ class Trainer:
             self.memories = [None] * engine.micro_batches
         losses, auxiliaries = [], []
         routings: tuple[Routing, ...] = ()
+        for loss, routings in self._forward(batch, top_k):
+            weighted, auxiliary = auxiliary_loss(routings, run.moe, self.world.mean)
+            self._beat("backward")
+            engine.backward(loss + weighted)
+            losses.append(loss.detach())
+            auxiliaries.append(auxiliary)
+        self._beat("update")
+        result = engine.step()
+        self.step += 1
+        n_tokens = self._n_tokens(batch)
+        self.tokens += n_tokens
+        return StepRecord(
+            step=self.step, lr=lr, top_k=top_k, loss=torch.stack(losses).mean(),
+            auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
+            tokens=n_tokens, routings=routings,
+        )  # fmt: skip
+
+    def _n_tokens(self, batch: Any) -> int:
+        """Tokens of a batch over all ranks."""
+        n_tokens: int = self.run.training.batch_size * batch.input_ids_BS.shape[1]
+        return n_tokens
+
+    def _forward(self, batch: Any, top_k: int) -> Iterator[tuple[torch.Tensor, tuple[Routing, ...]]]:
+        """Mean loss and routings of each micro-batch; the next is read when the gradients of one are done."""
+        engine = self.engine
         micro_batches = zip(
             batch.input_ids_BS.chunk(engine.micro_batches),
             batch.targets_BS.chunk(engine.micro_batches),
@@ -193,25 +239,8 @@ class Trainer:
                 input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
                 top_k=top_k, step=self.step, rows=engine.micro_batch_rows(index),
             )  # fmt: skip
-            assert output.loss_BS is not None
-            loss = output.loss_BS.mean()
-            weighted, auxiliary = auxiliary_loss(output.routings, run.moe, self.world.mean)
-            self._beat("backward")
-            engine.backward(loss + weighted)
             self.memories[index] = output.memory
-            losses.append(loss.detach())
-            auxiliaries.append(auxiliary)
-            routings = output.routings
-        self._beat("update")
-        result = engine.step()
-        self.step += 1
-        n_tokens = run.training.batch_size * batch.targets_BS.shape[1]
-        self.tokens += n_tokens
-        return StepRecord(
-            step=self.step, lr=lr, top_k=top_k, loss=torch.stack(losses).mean(),
-            auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
-            tokens=n_tokens, routings=routings,
-        )  # fmt: skip
+            yield output.loss_BS.mean(), output.routings
 
     def _log(self, record: StepRecord) -> None:
         self._beat("log")
@@ -225,13 +254,12 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score the validation split at `moe.top_k` and at all experts; the latter decides what is best."""
-        moe, max_tokens = self.run.moe, self.run.evaluation.max_tokens
+        moe = self.run.moe
         evaluation = self._evaluate(
-            "valid", (moe.top_k, moe.n_experts), self.step,
-            max_tokens=max_tokens, after_segment=lambda: self._beat("validation"),
-        )  # fmt: skip
+            "valid", (moe.top_k, moe.n_experts), self.step, lambda: self._beat("validation")
+        )
         self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
-        figure = evaluation.figure(evaluation.largest_k)
+        figure = evaluation.selection
         if math.isfinite(figure) and (self.best_figure is None or figure < self.best_figure):
             self.best_figure, self.best_step = figure, self.step
         self._tell("on_evaluation", evaluation)
@@ -245,20 +273,38 @@ class Trainer:
             best = restore_checkpoint(reader, self.engine, self.world, load_optimizer=False)
             # After a resume from before it, the folder knows better than this process.
             self.best_figure, self.best_step, step = best.best_metric, best.step, best.step
-        evaluation = self._evaluate(
-            "test", self.run.evaluation.top_ks, step, after_segment=self._stop_scoring_if_asked
-        )
+        evaluation = self._evaluate("test", self.run.evaluation.top_ks, step, self._stop_scoring_if_asked)
         self._tell("on_evaluation", evaluation)
 
-    def _evaluate(self, split: str, wanted: Sequence[int], step: int, **options: Any) -> Evaluation:
+    def _evaluate(
+        self, split: str, wanted: Sequence[int], step: int, after_forward: Callable[[], None]
+    ) -> Evaluation:
         self.engine.eval()
         try:
-            return evaluate(
-                self.engine.forward, self.corpus, split, top_ks_to_score(self.run, wanted), self.run,
-                self.world, step=step, **options,
-            )  # fmt: skip
+            return self._score(split, top_ks_to_score(self.run, wanted), step, after_forward)
         finally:
             self.engine.train()
+
+    def _score(
+        self, split: str, top_ks: Sequence[int], step: int, after_forward: Callable[[], None]
+    ) -> Evaluation:
+        """Figures of a split; the engine is in evaluation mode."""
+        return evaluate(
+            self.engine.forward, self.corpus, split, top_ks, self.run, self.world, step=step,
+            max_tokens=self.run.evaluation.max_tokens if split == "valid" else 0,
+            after_segment=after_forward,
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """Start from step 0; on all ranks, before `train`. The engine has drawn the initial weights."""
+
+    @staticmethod
+    def require_resumable(reader: CheckpointReader, run: RunConfig, corpus: Corpus | SentenceSet) -> None:
+        """Refuse a checkpoint that `run` cannot go on from, beyond what is true of every checkpoint.
+
+        Raises:
+            CheckpointError: what differs, and the remedy.
+        """
 
     def resume(self, reader: CheckpointReader) -> None:
         """Go on where a checkpoint was saved; on all ranks, before `train`.
@@ -311,16 +357,18 @@ class Trainer:
             self._tell("on_checkpoint", folder)
 
     def _state(self) -> TrainingState:
-        corpus = self.corpus
         return TrainingState(
             step=self.step,
             tokens_seen=self.tokens,
             best_metric=self.best_figure,
             best_step=self.best_step,
             schedule=asdict(self.plateau),
-            corpus={name: getattr(corpus, name) for name in ("name", "unit", "metric", "is_sample")},
-            tokenizer=corpus.tokenizer.to_dict(),
+            corpus=self._describe_corpus(),
+            tokenizer=self.corpus.tokenizer.to_dict(),
         )  # fmt: skip
+
+    def _describe_corpus(self) -> dict[str, Any]:
+        return {name: getattr(self.corpus, name) for name in ("name", "unit", "metric", "is_sample")}
 
     def _tell(self, hook: str, *what: Any) -> None:
         for callback in self.callbacks:

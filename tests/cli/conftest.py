@@ -1,6 +1,5 @@
 """Runs commands as a user does, and one small training run for all tests of this folder."""
 
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ import pytest
 from megamoe.data.datasets import open_text
 from megamoe.data.prepare import prepare
 from tests.environment import environment
+from tests.launchers import require_mpirun
+from tests.processes import PATIENCE_SECONDS, free_port, ranks
 
 CONFIG = """
 name = "toy"
@@ -23,7 +24,7 @@ n_layers = 2
 d_model = 16
 n_heads = 2
 d_head = 8
-dropout = 0.1
+dropout = 0.0
 segment_len = 16
 memory_len = 16
 [moe]
@@ -54,17 +55,29 @@ class Done:
 
 
 def call(command: Sequence[str], folder: Path) -> Done:
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     return Done(done.returncode, done.stdout, done.stderr)
 
 
 def on_two_ranks(launcher: str, *arguments: str, folder: Path) -> Done:
-    """``megamoe ARGUMENTS`` by the launcher ``deepspeed --num_gpus`` or ``torchrun --nproc_per_node``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
-    return call([launcher, ranks, "2", "--master_port", str(port), "--module", "megamoe", *arguments], folder)
+    """``megamoe ARGUMENTS`` on two ranks, started by "deepspeed", "torchrun", "mpirun" or "by hand"."""
+    if launcher == "by hand":
+        return _by_hand(*arguments, folder=folder)
+    if launcher == "mpirun":
+        return call([*require_mpirun(), "-n", "2", sys.executable, "-m", "megamoe", *arguments], folder)
+    count = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
+    port = str(free_port())
+    return call([launcher, count, "2", "--master_port", port, "--module", "megamoe", *arguments], folder)
+
+
+def _by_hand(*arguments: str, folder: Path) -> Done:
+    """The code is that of the first rank that fails."""
+    with ranks(2, *arguments, folder=folder) as processes:
+        outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in processes]
+    codes = [process.returncode for process in processes]
+    return Done(next(filter(None, codes), 0), *("".join(texts) for texts in zip(*outputs, strict=True)))
 
 
 def megamoe(*arguments: str, folder: Path) -> Done:

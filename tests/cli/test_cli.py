@@ -48,6 +48,20 @@ def test_config_prints_what_a_run_would_use(capsys):
     assert from_dict(printed).model == from_dict(preset_values("tiny_enwik8")).model
 
 
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("--preset small_enwik8", "runs/small_enwik8-hyper"),
+        ("--preset small_enwik8 moe.router.name=smoe output_dir=/big", "/big/small_enwik8-smoe"),
+        ("name=mine/first --deepspeed_config ds_configs/zero1_bf16.json", "runs/mine/first"),
+    ],
+)
+def test_config_names_the_folder_of_a_run(words, folder, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert main(["config", "--run-folder", *words.split()]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+
+
 def test_config_prints_the_reference_of_options(capsys):
     assert main(["config", "--reference"]) == 0
     documented = Path(__file__).parents[2] / "docs/configuration.md"
@@ -64,8 +78,10 @@ def test_routers_are_listed_and_shown(capsys):
     assert "moe.router.hyper_size=256" in shown
 
 
-def test_env_prints_json(capsys):
+def test_env_prints_a_table_or_json(capsys):
     assert main(["env"]) == 0
+    assert "\npackages " in capsys.readouterr().out
+    assert main(["env", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["packages"]["deepspeed"]
 
 
@@ -74,6 +90,7 @@ def test_env_prints_json(capsys):
     [
         "presets",
         "config --preset tiny_enwik8",
+        "config --preset tiny_enwik8 --run-folder",
         "train --preset tiny_enwik8 moe.topk=3",
         "evaluate",
         "train --help",

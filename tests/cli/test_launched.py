@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megamoe.cli import main
 from megamoe.training.metrics_file import read_metrics
-from tests.cli.conftest import CONFIG, Done, environment, megamoe, on_two_ranks
+from tests.cli.conftest import CONFIG, Done, call, megamoe, on_two_ranks
+from tests.environment import environment
+from tests.launchers import require_mpirun
 
 pytestmark = pytest.mark.distributed
 
@@ -31,8 +34,9 @@ def test_a_run_by_the_deepspeed_launcher(launched: Done, project: Path) -> None:
     }  # fmt: skip
     assert json.loads((folder / "config.json").read_text())["model"]["vocab_size"] == 256
     assert '"auto"' not in (folder / "ds_config.json").read_text()
-    launch = json.loads((folder / "environment.json").read_text())["launch"]
-    assert (launch["WORLD_SIZE"], launch["LOCAL_RANK"]) == ("2", "0")
+    recorded = json.loads((folder / "environment.json").read_text())
+    assert (recorded["launch"]["WORLD_SIZE"], recorded["launch"]["LOCAL_RANK"]) == ("2", "0")
+    assert (recorded["launched_as"]["launcher"], recorded["launched_as"]["rank"]) == ("deepspeed", "0 of 2")
     assert (folder / "plots/curves.png").stat().st_size > 10_000
     assert list((folder / "tensorboard").iterdir())
 
@@ -61,6 +65,23 @@ def test_torchrun_goes_on_where_deepspeed_stopped(launched: Done, project: Path)
     assert lines[: len(before)] == [json.loads(line) for line in before]
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "by hand", "one process"])
+def test_every_launcher_trains_the_same_model(launcher: str, launched: Done, project: Path) -> None:
+    """Step for step: bit-equal on the same number of ranks, within rounding in one process."""
+    name = launcher.replace(" ", "-")
+    arguments = ("train", "--config", "toy.toml", "--deepspeed_config", "fp32.json", f"name={name}")
+    one = launcher == "one process"
+    done = megamoe(*arguments, folder=project) if one else on_two_ranks(launcher, *arguments, folder=project)
+    assert done.code == 0, done.errors
+    # The run that `launched` made may have gone on since.
+    expected = [line for line in read_metrics(project / "runs/toy/metrics.jsonl") if line["step"] <= 6]
+    found = read_metrics(project / f"runs/{name}/metrics.jsonl")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for mine, other in zip(found, expected, strict=True):
+        for figure in ("train/loss", "train/grad_norm", "valid/loss_k2"):
+            assert mine.get(figure) == pytest.approx(other.get(figure), abs=1e-5 if one else 0), figure
+
+
 def test_every_rank_refuses_and_one_tells(launched: Done, project: Path) -> None:
     refused = on_two_ranks(
         "deepspeed", "train", "--config", "toy.toml", "name=refused", "data.path=missing", folder=project
@@ -69,6 +90,30 @@ def test_every_rank_refuses_and_one_tells(launched: Done, project: Path) -> None
     assert (refused.output + refused.errors).count("megamoe: error: data.path = 'missing': ") == 1
     assert "Traceback" not in refused.errors
     assert not (project / "runs/refused").exists()
+
+
+def test_variables_left_over_in_a_shell_are_refused_in_one_line(project: Path) -> None:
+    """mpirun's rank 1 agrees with them and would wait for a rank 0 that has refused."""
+    left_over = [word for name in ("RANK=1", "WORLD_SIZE=2", "LOCAL_RANK=1") for word in ("-x", name)]
+    done = call(
+        [*require_mpirun(), "-n", "2", *left_over, sys.executable, "-m", "megamoe", "train", "--config",
+         "toy.toml", "name=refused"],
+        project,
+    )  # fmt: skip
+    assert done.code == 2, done.errors
+    assert [line for line in done.errors.splitlines() if line.startswith("megamoe:")] == [
+        "megamoe: error: RANK = 1: Open MPI counts this process as 0 (OMPI_COMM_WORLD_RANK); unset RANK and"
+        " WORLD_SIZE, which may be left over in this shell"
+    ]
+    assert not (project / "runs/refused").exists()
+
+
+def test_env_tells_the_hash_that_the_run_recorded(
+    launched: Done, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = json.loads((project / "runs/toy/environment.json").read_text())
+    assert main(["env", "--config", str(project / "runs/toy/config.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config_sha256"] == recorded["config_sha256"]
 
 
 def test_ctrl_c_says_where_the_run_can_go_on(tmp_path: Path, project: Path) -> None:

@@ -3,14 +3,13 @@
 import signal
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
 
 import pytest
 
 from megamoe.checkpoint.format import step_folder
-from megamoe.training.metrics_file import read_metrics
 from tests.checkpoint.runs import differing
 from tests.processes import PATIENCE_SECONDS, handles, ranks, wait_until
+from tests.run_folders import hidden, repeatable, steps_logged
 
 pytestmark = pytest.mark.distributed
 
@@ -21,33 +20,12 @@ TRAIN = (
     "optimizer.schedule=plateau", "training.micro_batch_size=1", "evaluation.every=100",
     "checkpoint.every=50", "logging.every=1", "logging.tensorboard=false",
 )  # fmt: skip
-# What differs between two equal runs.
-UNREPEATABLE = ("time/", "memory/", "train/tokens_per_second")
-
-
-def steps_logged(run: Path) -> int:
-    return max((line["step"] for line in read_metrics(run / "metrics.jsonl")), default=0)
 
 
 def end(processes: list[Popen[str]]) -> tuple[list[int], str]:
     """Exit codes, and what all of them said."""
     said = [process.communicate(timeout=PATIENCE_SECONDS) for process in processes]
     return [process.returncode for process in processes], "".join(out + err for out, err in said)
-
-
-def repeatable(run: Path) -> list[dict[str, Any]]:
-    return [
-        {
-            name: value
-            for name, value in line.items()
-            if not name.startswith(UNREPEATABLE) and "churn" not in name
-        }
-        for line in read_metrics(run / "metrics.jsonl")
-    ]
-
-
-def hidden(run: Path) -> list[str]:
-    return [str(path.relative_to(run)) for path in run.rglob(".*") if path.name != ".lock"]
 
 
 @pytest.fixture(scope="module")

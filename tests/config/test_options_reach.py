@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,9 @@ from megamoe.config import RunConfig, from_dict
 from megamoe.config.load import merge, parse_overrides
 from megamoe.config.reference import option_rows
 from megamoe.data.corpus import load_corpus
+from megamoe.data.labelled import load_labelled
+from megamoe.data.overlap import Overlap
+from megamoe.data.sentences import Sentences
 from megamoe.data.stream import TokenStream
 from megamoe.errors import DivergenceError, MegaMoEError
 from megamoe.moe.losses import auxiliary_loss
@@ -26,7 +30,9 @@ from megamoe.parallel.engine import build_model
 from megamoe.parallel.launch import World, read_launch, start
 from megamoe.parallel.optimizer import build_optimizer, parameter_groups
 from megamoe.training.callbacks import Callback, StepRecord, build_callbacks
+from megamoe.training.classifier_trainer import ClassifierTrainer
 from megamoe.training.evaluation import evaluate
+from megamoe.training.finetune import read_sentences
 from megamoe.training.guard import Guard
 from megamoe.training.heartbeat import Heartbeat, Watch
 from megamoe.training.learning_rate import Plateau, learning_rate
@@ -34,6 +40,7 @@ from megamoe.training.metrics_file import read_metrics
 from megamoe.training.run_folder import RunFolder
 from megamoe.training.session import find_checkpoint, with_vocabulary
 from megamoe.training.trainer import Trainer
+from tests.data import goldens
 from tests.ranks import run_ranks
 from tests.training.runs import FP32, build_trainer, toy_corpus, toy_run
 
@@ -171,12 +178,49 @@ def observers(run: RunConfig) -> Any:
     return [(type(callback).__name__, getattr(callback, "project", "")) for callback in built]
 
 
+def kind_of_model(run: RunConfig) -> Any:
+    return attempt(lambda: type(model(run)).__name__)
+
+
+def labelled(run: RunConfig) -> Any:
+    """Classes, and how many sentences the splits have, in the recorded files or the bundled ones."""
+    text = attempt(lambda: load_labelled(run.task))
+    if isinstance(text, str):
+        return text
+    return text.labels, [len(examples) for examples in text.splits.values()]
+
+
+def read_for_task(run: RunConfig) -> Any:
+    read = attempt(lambda: read_sentences(run))
+    return read if isinstance(read, str) else read[1].tokenizer.kind
+
+
+def half_trained_on(run: RunConfig) -> Any:
+    return attempt(lambda: Overlap(1, 2).require_below(run.task.max_overlap, "test", "toy"))
+
+
+def start_of_classifier(run: RunConfig) -> Any:
+    return attempt(lambda: ClassifierTrainer.begin(types.SimpleNamespace(run=run)))  # type: ignore[arg-type]
+
+
+def sentence_batches(run: RunConfig) -> Any:
+    sentences = Sentences([np.ones(1 + i % 9) for i in range(40)], np.arange(40), 0)
+    trainer = types.SimpleNamespace(
+        run=run,
+        corpus=types.SimpleNamespace(splits={"train": sentences}),
+        engine=types.SimpleNamespace(rows=range(run.training.batch_size)),
+    )
+    return ClassifierTrainer._open_stream(trainer).batch(0).labels_B.tolist()  # type: ignore[arg-type]
+
+
 def start_point(run: RunConfig) -> Any:
     return attempt(lambda: find_checkpoint(run, RunFolder.of(run)))
 
 
 ADAPTIVE = "model.cutoffs=4,8 model.div_val=2"
 LINEAR = "moe.schedule.mode=linear_increase"
+SST2 = "task.name=sst2"
+RECORDED = str(goldens.FOLDER / "sst2")
 PLATEAU = "optimizer.schedule=plateau"
 
 # Option, another value, what to look at, and what else both runs have.
@@ -246,6 +290,15 @@ PROBES: list[tuple[str, str, Callable[[RunConfig], Any], str]] = [
     ("evaluation.top_ks", "3,4", figures, ""),
     ("evaluation.max_tokens", "30", figures, ""),
     ("checkpoint.resume", "missing", start_point, ""),
+    ("task.name", "sst2", kind_of_model, "task.labels=a,b"),
+    ("task.path", RECORDED, labelled, SST2),
+    ("task.checkpoint", "missing", read_for_task, SST2),
+    ("task.tokens", "words", read_for_task, SST2),
+    ("task.from_scratch", "true", start_of_classifier, "task.checkpoint=missing"),
+    ("task.labels", "1,0", labelled, SST2),
+    ("task.valid_fraction", "0.5", labelled, f"{SST2} task.path={RECORDED} task.valid_fraction=0.3"),
+    ("task.max_overlap", "0.6", half_trained_on, ""),
+    ("task.bucket", "4", sentence_batches, ""),
     ("logging.wandb", "true", observers, ""),
     ("logging.wandb_project", "mine", observers, "logging.wandb=true"),
 ]

@@ -36,7 +36,7 @@ def every_kind(subwords: SentencePieceTokenizer) -> Iterator[Tokenizer]:
 def test_reference_symbols_are_those_of_the_published_loader() -> None:
     arrays, corpus = goldens.read("enwik8")
     raw = goldens.content("enwik8", "raw.bin")
-    tokenizer = ReferenceSymbolTokenizer.train([raw])
+    tokenizer = ReferenceSymbolTokenizer.from_counts(ReferenceSymbolTokenizer.count([raw]))
     assert [str(symbol) for symbol in tokenizer.symbols] == corpus["vocab"]
     for split, part in (("train", raw[:3072]), ("valid", raw[3072:3584]), ("test", raw[3584:])):
         np.testing.assert_array_equal(tokenizer.encode(part), arrays[f"{split}_ids"])
@@ -44,7 +44,7 @@ def test_reference_symbols_are_those_of_the_published_loader() -> None:
 
 def test_words_are_those_of_the_published_loader() -> None:
     arrays, corpus = goldens.read("wt103")
-    tokenizer = WordTokenizer.train([goldens.content("wt103", "train.txt")])
+    tokenizer = WordTokenizer.from_counts(WordTokenizer.count([goldens.content("wt103", "train.txt")]))
     assert tokenizer.words == corpus["vocab"]
     for split in ("train", "valid", "test"):
         ids = tokenizer.encode(goldens.content("wt103", f"{split}.txt"))
@@ -59,7 +59,7 @@ def test_bytes_round_trip(text: bytes) -> None:
 
 @given(st.binary(min_size=1))
 def test_symbols_round_trip_without_newlines(text: bytes) -> None:
-    tokenizer = ReferenceSymbolTokenizer.train([text])
+    tokenizer = ReferenceSymbolTokenizer.from_counts(ReferenceSymbolTokenizer.count([text]))
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace(b"\n", b"")
 
 
@@ -127,7 +127,7 @@ def test_unknown_words_become_unk_where_there_is_one() -> None:
 
 
 def test_word_order_is_by_frequency_then_appearance_with_case_kept() -> None:
-    tokenizer = WordTokenizer.train([b"b a The a\n", b"\nthe <eos> b a\n"])
+    tokenizer = WordTokenizer.from_counts(WordTokenizer.count([b"b a The a\n", b"\nthe <eos> b a\n"]))
     assert tokenizer.words == ["<eos>", "a", "b", "The", "the"]
 
 

@@ -57,22 +57,22 @@ def _model_config(config: dict[str, Any], arrays: dict[str, torch.Tensor]) -> Mo
         n_heads=config["n_head"],
         d_head=config["d_head"],
         d_inner=config["d_inner"],
-        dropout=config["dropout"],
-        attention_dropout=config["dropatt"],
+        dropout=config.get("dropout", 0.0),
+        attention_dropout=config.get("dropatt", 0.0),
         pre_norm=config.get("pre_lnorm", False),
         segment_len=config["tgt_len"],
         memory_len=config["mem_len"],
         same_length=config.get("same_length", False),
         clamp_len=max(config.get("clamp_len", -1), 0),
         cutoffs=tuple(config.get("cutoffs", ())),
-        tie_weights=config["tied"],
+        tie_weights=config.get("tied", True),
     )
 
 
 def _moe_config(config: dict[str, Any]) -> MoEConfig:
     if not config["moe"]:
         return MoEConfig(layers="none")
-    index = config["moe_index"]
+    index = config.get("moe_index", "all")
     linear = "smoe_dropout" if config.get("freeze_gate") else "smoe"
     hidden = {"hyper_size": config.get("hyper_size") or 256}
     gate = config.get("gate") or config["gate_name"]

@@ -1,5 +1,6 @@
 """Masks of dropout: their definition, their statistics, and what is done with them."""
 
+import itertools
 import math
 
 import pytest
@@ -78,6 +79,18 @@ def test_neighbours_are_not_correlated(p):
     assert deviation(diagonal) < 4.5
     triples = x[..., :-2] * x[..., 1:-1] * x[..., 2:]
     assert deviation(triples) < 4.5
+
+
+@PROBABILITIES
+def test_experts_and_heads_of_a_token_are_not_correlated(p):
+    """Both number the keys of their tokens, so that a token which meets several draws anew in each."""
+    keys_NT = draw(token_keys(1111, 0, range(16), 32).flatten(), torch.arange(8)[:, None])
+    rate = dropped_levels(p) / 65536
+    dropped_NTU = (~keep_mask(at_site(keys_NT, SITES[2]), 128, p)).double()
+    x_NTU = (dropped_NTU - rate) / math.sqrt(rate * (1 - rate))
+    assert deviation(x_NTU) < 4
+    for one, other in itertools.combinations(x_NTU, 2):
+        assert deviation(one * other) < 4.5
 
 
 @PROBABILITIES

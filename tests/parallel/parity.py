@@ -104,6 +104,7 @@ def _bf16(world: World) -> dict[str, Any]:
     trained = {id(p) for group in engine.deepspeed.basic_optimizer.param_groups for p in group["params"]}
     return {
         "spread_against_whole": deviations(two, one, engine),
+        "spread_first_gradient": largest_difference(two.gradients[0], one.gradients[0], engine),
         "first_loss": (two.losses[0], plain.losses[0]),
         "first_norm": (two.norms[0], plain.norms[0]),
         "first_gradient": largest_difference(two.gradients[0], plain.gradients[0], engine),

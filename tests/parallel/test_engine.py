@@ -55,7 +55,8 @@ def test_bf16_does_not_depend_on_where_experts_are(facts: list[dict[str, Any]]) 
     deviations = facts[0]["bf16"]["spread_against_whole"]
     assert deviations["loss"] < 5e-3, deviations
     assert deviations["norm"] < 1e-2, deviations
-    assert deviations["gradient"] < 0.1, deviations
+    # Only the first step's: after it the runs round to different weights, and a token may change its expert.
+    assert facts[0]["bf16"]["spread_first_gradient"] < 0.02
 
 
 def test_hypernetwork_stays_fp32_and_untrained_under_bf16(facts: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ import torch.distributed as dist
 
 from megamoe.errors import DistributedError
 from megamoe.parallel.launch import Launch, read_launch, start
+from tests.environment import environment
+from tests.processes import free_port
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
@@ -30,7 +31,7 @@ SRUN = {
 }  # fmt: skip
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-5",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }  # fmt: skip
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
@@ -62,18 +63,26 @@ def test_the_batch_shell_of_slurm_is_no_step() -> None:
     assert read_launch({"SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "8"}) == Launch()
 
 
-def test_open_mpi_on_one_node() -> None:
-    launch = read_launch(OPEN_MPI)
-    assert (launch.rank, launch.world_size, launch.local_rank, launch.launcher) == (1, 2, 1, "Open MPI")
-    assert launch.address[0] == "127.0.0.1"
+def agreed(world_size: int) -> tuple[str, int]:
+    """What MPI would tell."""
+    return f"first of {world_size}", 1234
+
+
+def test_mpi_launchers_leave_the_address_to_mpi() -> None:
+    at = ("first of 2", 1234)
+    assert read_launch(OPEN_MPI, agreed) == Launch(1, 2, 1, 2, "Open MPI", at)
+    assert read_launch(HYDRA, agreed) == Launch(1, 2, 1, 2, "MPI", at)
+    assert read_launch(OPEN_MPI | {"MASTER_PORT": "4321"}, agreed).address == ("first of 2", 4321)
+    assert read_launch(OPEN_MPI | {"MASTER_ADDR": "head"}, agreed).address == ("head", 1234)
+
+
+def test_one_process_of_mpi_asks_nobody() -> None:
+    alone = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+    assert read_launch(alone) == Launch(launcher="Open MPI")
 
 
 def test_mpirun_inside_a_slurm_step_counts_by_mpi() -> None:
-    assert read_launch(SRUN | OPEN_MPI).world_size == 2
-
-
-def test_mpich() -> None:
-    assert read_launch(HYDRA) == Launch(1, 2, 1, 2, "MPI", ("127.0.0.1", 29500))
+    assert read_launch(SRUN | OPEN_MPI, agreed).world_size == 2
 
 
 def test_srun_with_pmi_takes_the_local_rank_from_slurm() -> None:
@@ -106,6 +115,22 @@ def test_one_launcher_per_node_under_srun_is_no_contradiction() -> None:
     assert read_launch(SRUN | TORCHRUN).world_size == 4
 
 
+def test_exported_variables_that_agree_with_the_launcher_are_its_own() -> None:
+    agreeing = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "head",
+        "MASTER_PORT": "4321",
+    }
+    assert read_launch(OPEN_MPI | agreeing) == Launch(1, 2, 1, 2, "Open MPI", ("head", 4321))
+
+
+def test_ranks_started_by_hand_in_a_shell_of_srun_are_no_contradiction() -> None:
+    shell = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert read_launch(shell | PLAIN).world_size == 2
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
@@ -118,16 +143,17 @@ def test_one_launcher_per_node_under_srun_is_no_contradiction() -> None:
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}, "LOCAL_RANK: not set"),
         (PLAIN | {"MASTER_PORT": "http"}, "MASTER_PORT = 'http': give a whole number"),
         (
-            OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"},
-            "MASTER_ADDR: not set, and the launcher does not tell",
-        ),
-        (
             SRUN | PLAIN,
             "WORLD_SIZE = 2: srun started 5 processes (SLURM_STEP_NUM_TASKS); unset RANK and WORLD_SIZE,"
             " or start 2",
         ),
         (OPEN_MPI | PLAIN | {"WORLD_SIZE": "1"}, "WORLD_SIZE = 1: Open MPI started 2 processes"),
+        (OPEN_MPI | PLAIN, "RANK = 0: Open MPI counts this process as 1 (OMPI_COMM_WORLD_RANK); unset"),
         (SRUN | {"SLURM_NODEID": "3"}, "SLURM_NODEID = 3: SLURM_STEP_TASKS_PER_NODE = 2(x2),1 is shorter"),
+        (PLAIN | {"MASTER_PORT": "65536"}, "MASTER_PORT = 65536: give a free port"),
+        (OPEN_MPI | {"MASTER_PORT": "0"}, "MASTER_PORT = 0: give a free port"),
+        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_ADDR"}, "MASTER_ADDR: not set, and the launcher"),
+        ({"FLUX_TASK_RANK": "1"}, "FLUX_TASK_RANK = 1: set by a launcher whose variables are not read"),
     ],
 )
 def test_contradictions_are_refused_by_name(environ: dict[str, str], message: str) -> None:
@@ -160,14 +186,12 @@ def test_ranks_that_never_meet_are_told_where(monkeypatch: pytest.MonkeyPatch) -
 
 def test_two_jobs_at_one_port_are_told_apart() -> None:
     """Rank 1 of another job comes to where ranks 0 and 1 of this one meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     program = "from megamoe.parallel.launch import read_launch, start; start(read_launch())"
     ranks = {
         name: subprocess.Popen(
             [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True,
-            env=os.environ | PLAIN | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port},
+            env=environment() | PLAIN | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port},
         )
         for name, rank in {"zero": "0", "one": "1", "stranger": "1"}.items()
     }  # fmt: skip

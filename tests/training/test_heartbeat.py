@@ -19,26 +19,26 @@ def signs(*beats: int) -> list[Sign | None]:
 
 
 def test_a_silent_rank_is_blamed() -> None:
-    report = describe_hang(signs(40, 40, 40, 40), [0.0, 0.1, 90.0, 0.0], [2], 600)
+    report = describe_hang(signs(40, 40, 40, 40), [0.0, 0.1, 90.0, 0.0], [2], "limit = 600")
     assert "rank 2 on node1 (process 100): silent, last seen 690 s ago after step 10 in backward" in report
     assert "waiting after step 10 in backward: ranks 0-1, 3" in report
 
 
 def test_a_rank_that_was_never_seen_is_blamed() -> None:
-    report = describe_hang([*signs(40), None], [0.0, None], [1], 600)
+    report = describe_hang([*signs(40), None], [0.0, None], [1], "limit = 600")
     assert "rank 1: never seen" in report
     assert "waiting after step 10 in backward: rank 0" in report
 
 
 def test_a_rank_behind_the_others_is_blamed_where_all_live() -> None:
     late = replace(SIGN, rank=1, beats=39, phase="data")
-    report = describe_hang([SIGN, late], [0.0, 0.0], [], 600)
+    report = describe_hang([SIGN, late], [0.0, 0.0], [], "limit = 600")
     assert "rank 1 on node1 (process 100): behind, last seen 600 s ago after step 10 in data" in report
     assert "waiting after step 10 in backward: rank 0" in report
 
 
 def test_nobody_is_blamed_where_all_stand_at_one_place() -> None:
-    report = describe_hang(signs(40, 40), [0.0, 0.0], [], 600)
+    report = describe_hang(signs(40, 40), [0.0, 0.0], [], "limit = 600")
     assert "no rank is behind the others" in report
     assert "ranks 0-1" in report
 

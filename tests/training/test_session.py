@@ -7,7 +7,7 @@ import pytest
 from megamoe.checkpoint.format import step_folder
 from megamoe.errors import CheckpointError, ConfigError, DataError
 from megamoe.parallel.launch import read_launch, start
-from megamoe.training.run_folder import RunFolder
+from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.session import agree, find_checkpoint, with_vocabulary
 from tests.checkpoint.small import write_small
 from tests.ranks import run_ranks
@@ -68,3 +68,14 @@ def test_which_checkpoint_is_resumed(tmp_path):
         CheckpointError, match=r"^checkpoint.resume = 'auto': no checkpoint in .* is complete"
     ):
         find_checkpoint(run, folder)
+
+
+def test_a_run_is_finished_once_it_is_scored_and_drawn(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert not folder.is_scored(10)
+    write_json(folder.results, {"steps": 10})
+    assert not folder.is_scored(10)
+    folder.plots.mkdir()
+    folder.curves.touch()
+    assert folder.is_scored(10)
+    assert not folder.is_scored(20)

@@ -18,12 +18,11 @@ from megamoe.training.metrics_file import read_metrics
 from megamoe.training.trainer import Trainer
 from tests.checkpoint.runs import differing
 from tests.ranks import run_ranks
+from tests.run_folders import repeatable
 from tests.training.runs import BF16, FP32, Recorder, build_trainer, toy_run, train_toy
 
 PRECISIONS = {"fp32": FP32, "bf16": BF16}
 LAST_STEP = 14
-# What differs between two equal runs: clocks, memory, and churn, which compares with the log line before.
-UNREPEATABLE = ("time/", "memory/", "train/tokens_per_second")
 
 
 def resume_twice(world: World, folder: Path, precision: str) -> dict[str, Any]:
@@ -123,17 +122,7 @@ def test_a_resumed_run_repeats_the_uncut_one_bit_for_bit(trained, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_metrics_of_a_resumed_run_are_those_of_the_uncut_one(trained, precision):
     folder, _ = trained
-    uncut, cut = (
-        [
-            {
-                name: value
-                for name, value in line.items()
-                if not name.startswith(UNREPEATABLE) and "churn" not in name
-            }
-            for line in read_metrics(folder / precision / run / "metrics.jsonl")
-        ]
-        for run in ("uncut", "cut")
-    )
+    uncut, cut = (repeatable(folder / precision / run) for run in ("uncut", "cut"))
     assert cut == uncut
     assert [line["step"] for line in cut if "train/loss" in line] == list(range(1, LAST_STEP + 1))
     assert [line["step"] for line in cut if "valid/loss_k4" in line] == list(range(2, LAST_STEP + 1, 2))

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from megamoe.errors import LostRankError, StoppedError
 from megamoe.training.banner import banner
 from megamoe.training.callbacks.callback import Callback
-from megamoe.training.evaluation import Evaluation
-from megamoe.training.report import figures_table, format_figure
+from megamoe.training.evaluation import Evaluation, format_figure
+from megamoe.training.report import figures_table
 
 if TYPE_CHECKING:
     from megamoe.training.trainer import Trainer
@@ -32,7 +32,7 @@ class ConsoleCallback(Callback):
 
     def on_train_start(self, trainer: "Trainer") -> None:
         """Show every derived quantity, then the bar."""
-        self.show(banner(trainer))
+        self.show(banner(trainer.describe()))
         self.start_bar(trainer)
 
     def start_bar(self, trainer: "Trainer") -> None:
@@ -114,7 +114,7 @@ def _step(trainer: "Trainer") -> str:
 
 def _progress(trainer: "Trainer", metrics: dict[str, Any]) -> dict[str, str]:
     """What a line says, by name, in its order."""
-    metric = trainer.corpus.metric
+    metric = trainer.corpus.loss_metric
     parts = {
         "loss": f"{format_figure(metrics[f'train/{metric}'], metric):>11}",
         "lr": f"lr {metrics['train/lr']:.2e}",

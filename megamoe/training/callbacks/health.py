@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamoe.data.stream import TokenStream
 from megamoe.moe.health import Churn, routing_health
 from megamoe.training.callbacks.callback import Callback, StepRecord
 
@@ -16,24 +15,17 @@ if TYPE_CHECKING:
 class HealthCallback(Callback):
     """Adds ``routing/layer_3/max_over_mean`` and so on; belongs on every rank.
 
-    Loads are those of the step's last micro-batch over all ranks. Churn is that of a fixed probe, the
-    first segment of one validation stream per rank, routed in evaluation mode at each log line.
+    Loads are those of the step's last micro-batch over all ranks. Churn is that of a fixed probe of
+    held-out text, `Trainer.probe`, routed in evaluation mode at each log line.
     """
 
     def __init__(self) -> None:
         self._churn = Churn()
-        self._probe_BS: torch.Tensor | None = None
+        self._probe: dict[str, torch.Tensor] = {}
 
     def on_train_start(self, trainer: "Trainer") -> None:
-        """Cut the probe."""
-        world = trainer.world
-        stream = TokenStream(
-            trainer.corpus.tokens["valid"],
-            batch_size=world.world_size,
-            segment_len=trainer.run.evaluation.segment_len,
-            rows=range(world.rank, world.rank + 1),
-        )
-        self._probe_BS = stream.batch(0).input_ids_BS.to(world.device)
+        """Take the probe."""
+        self._probe = trainer.probe()
 
     def measure(self, trainer: "Trainer", record: StepRecord) -> dict[str, Any]:
         """Health by layer, and the worst balance of any layer as ``routing/max_over_mean``."""
@@ -54,7 +46,7 @@ class HealthCallback(Callback):
         engine = trainer.engine
         engine.eval()
         try:
-            routings = engine.forward(self._probe_BS, step=trainer.step).routings
+            routings = engine.forward(**self._probe, step=trainer.step).routings
         finally:
             engine.train()
         return self._churn.look(routings, trainer.world.mean)

@@ -34,13 +34,14 @@ class ResultsCallback(Callback):
         """Draw, and say where everything is and what to do next."""
         folder, corpus = trainer.folder, trainer.corpus
         image = plot_run(
-            folder.metrics, folder.plots / "curves.png",
-            title=f"{trainer.run.name} on {corpus.name}", metric=corpus.metric,
+            folder.metrics, folder.curves, title=f"{trainer.run.name} on {corpus.name}",
+            metric=corpus.metric, loss_metric=corpus.loss_metric,
         )  # fmt: skip
         # A run that starts from the last step of another, or whose validation is never finite, has no best.
         best = trainer.best_step is not None
         weights = folder.best if best else trainer.last_checkpoint
-        which = "weights with the lowest validation loss" if best else "weights of the last step"
+        figure = "best validation accuracy" if corpus.metric == "accuracy" else "the lowest validation loss"
+        which = f"weights with {figure}" if best else "weights of the last step"
         lines = [
             f"\n{which:<39}  {weights}",
             f"{'figures and curves':<39}  {folder.results}, {image}",

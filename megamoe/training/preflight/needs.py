@@ -19,8 +19,9 @@ class Needs:
     """Bytes; `all_reduce` and `all_to_all` per rank and optimizer step, the rest as named.
 
     Attributes:
-        all_reduce: gradients of this rank's parameters: dense + experts / ep_size, in the layout's dtype;
-            once per step, from ZeRO stage 2 on once per micro-batch.
+        all_reduce: gradients that this rank shares with others, in the layout's dtype: of all dense
+            parameters, and of its experts / ep_size where several ranks hold them; once per step, from ZeRO
+            stage 2 on once per micro-batch.
         all_to_all: rows that a rank sends to the owners of their experts and back, T * K * D numbers each
             way, in the forward and the backward pass (the forward twice with activation checkpointing).
         memory: weights, gradients and optimizer states of one rank, without activations.
@@ -38,13 +39,14 @@ def needs_of(run: RunConfig, layout: Layout) -> Needs:
     with torch.device("meta"):
         model = TransformerXL(run.model, run.moe, seed=run.training.seed)
     counts = count_parameters(model)
-    mine = counts.trainable - counts.experts + counts.experts // layout.ep_size
+    dense, experts = counts.trainable - counts.experts, counts.experts // layout.ep_size
+    shared = dense + (experts if layout.ep_size < layout.world_size else 0)
     size = layout.dtype.itemsize
     reductions = layout.accumulation if layout.zero_stage >= 2 else 1
     return Needs(
-        all_reduce=mine * size * reductions if layout.world_size > 1 else 0,
+        all_reduce=shared * size * reductions if layout.world_size > 1 else 0,
         all_to_all=_all_to_all(run, layout) if layout.ep_size > 1 else 0,
-        memory=_memory(counts.frozen, counts.trainable - counts.experts, counts.experts, layout),
+        memory=_memory(counts.frozen, dense, experts, layout),
         checkpoint=(counts.total + 2 * counts.trainable) * FP32_BYTES,
     )
 
@@ -60,7 +62,6 @@ def _all_to_all(run: RunConfig, layout: Layout) -> int:
 
 def _memory(frozen: int, dense: int, experts: int, layout: Layout) -> int:
     size, stage = layout.dtype.itemsize, layout.zero_stage
-    experts //= layout.ep_size
     # ZeRO divides over the ranks that hold the same parameters.
     shared = dense / layout.world_size + experts / (layout.world_size // layout.ep_size)
     mine = dense + experts
