@@ -1,10 +1,8 @@
 """The README's commands, as a newcomer types them: the demo trains and learns, and what it names works."""
 
 import json
-import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +15,9 @@ from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.data.corpus import load_corpus
 from megamoe.data.ngrams import cross_entropy
 from megamoe.models.transformer_xl import TransformerXL
+from tests.environment import environment
+from tests.launchers import require_mpirun
+from tests.processes import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -38,20 +39,14 @@ def workspace(tmp_path_factory):
     for path in REPOSITORY.iterdir():
         if path.name not in (".git", ".venv", "runs"):
             (folder / path.name).symlink_to(path)
-    environment = folder / ".venv"
-    environment.mkdir()
+    installed = folder / ".venv"
+    installed.mkdir()
     for path in Path(sys.prefix).iterdir():
         if path.name != ".installed":
-            (environment / path.name).symlink_to(path)
+            (installed / path.name).symlink_to(path)
     # Newer than what it is made from, so that make does not make another.
-    (environment / ".installed").touch()
+    (installed / ".installed").touch()
     return folder
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run(workspace, command, environment=None):
@@ -124,9 +119,9 @@ def test_launch_line(workspace, command):
     """As it stands, but for a smaller model, fewer processes than a cluster has, and a free port."""
     name = f"launched{LAUNCHES.index(command)}"
     command = re.sub(r"(--nproc_per_node|--num_gpus) \d+", rf"--master_port {free_port()} \1 2", command)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    output = run(workspace, f"{command} {SMALL} name={name}", environment)
+    if command.startswith("mpirun "):
+        command = command.replace("mpirun", shlex.join(require_mpirun()), 1)
+    output = run(workspace, f"{command} {SMALL} name={name}", environment())
     assert "step 2/2" in output
 
 

@@ -286,6 +286,11 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
     _quiet(launch)
     _share_cores(launch)
     device = _device(launch)
+    # Before there is a group: DeepSpeed's signatures would hold it for ever, and gloo's threads would still
+    # run when the interpreter ends, which now and then aborts the process.
+    import deepspeed
+    import deepspeed.ops
+
     if not dist.is_initialized():
         join(launch, "nccl" if device.type == "cuda" else "gloo", timeout)
     if (dist.get_rank(), dist.get_world_size()) != (launch.rank, launch.world_size):
@@ -293,9 +298,6 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
             f"rank {dist.get_rank()} of {dist.get_world_size()}: the running process group is not the"
             f" launch's, rank {launch.rank} of {launch.world_size}; leave it first"
         )
-    import deepspeed
-    import deepspeed.ops
-
     # DeepSpeed would compile this op for minutes; it serves tensor-parallel inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

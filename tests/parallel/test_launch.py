@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from megamoe.errors import DistributedError
 from megamoe.parallel.launch import Launch, read_launch, start
 from tests.environment import environment
-from tests.processes import free_port
+from tests.processes import PATIENCE_SECONDS, free_port, ranks
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
@@ -188,7 +189,7 @@ def test_two_jobs_at_one_port_are_told_apart() -> None:
     """Rank 1 of another job comes to where ranks 0 and 1 of this one meet."""
     port = str(free_port())
     program = "from megamoe.parallel.launch import read_launch, start; start(read_launch())"
-    ranks = {
+    started = {
         name: subprocess.Popen(
             [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True,
             env=environment() | PLAIN | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port},
@@ -197,14 +198,14 @@ def test_two_jobs_at_one_port_are_told_apart() -> None:
     }  # fmt: skip
     try:
         for _ in range(1200):
-            ended = [ranks[name] for name in ("one", "stranger") if ranks[name].poll() not in (None, 0)]
+            ended = [started[name] for name in ("one", "stranger") if started[name].poll() not in (None, 0)]
             if ended:
                 break
             time.sleep(0.1)
         assert len(ended) == 1
         assert f"MASTER_PORT = {port}: another job is using this port, its rank 1" in ended[0].stderr.read()
     finally:
-        for process in ranks.values():
+        for process in started.values():
             process.kill()
             process.communicate()
 
@@ -220,3 +221,17 @@ def test_a_newcomers_console_stays_clean() -> None:
         [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True, timeout=120
     )
     assert (result.stdout, result.stderr) == ("cpu\n", "")
+
+
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    """One that still runs when the interpreter ends aborts the process now and then, exit code 134."""
+    program = (
+        "import pathlib, torch; from megamoe.parallel.launch import read_launch, start;"
+        "world = start(read_launch()); world.sum(torch.ones(1)); world.shutdown();"
+        "threads = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')];"
+        "assert not [name for name in threads if 'gloo' in name], threads"
+    )
+    with ranks(2, folder=tmp_path, program=("-c", program)) as processes:
+        for process in processes:
+            _, said = process.communicate(timeout=PATIENCE_SECONDS)
+            assert process.returncode == 0, said
