@@ -31,10 +31,12 @@ def test_equal_ranks_are_measured_and_nothing_stays_behind(tmp_path: Path) -> No
     assert outputs[1] == ""
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
     for rank in report["ranks"]:
-        assert min(rank[name] for name in ("memory_free", "link", "disk_write", "disk_read", "disk_free")) > 0
+        positive = ("host_free", "flops", "link", "disk_write", "disk_read", "disk_free")
+        assert min(rank[name] for name in positive) > 0
         assert abs(rank["clock"]) < 5
+    assert report["ranks"][0]["gpu_free"] is None
     assert not any(finding["stops"] for finding in report["findings"])
-    assert report["seconds_per_step"].keys() == {"all_reduce", "all_to_all"}
+    assert report["seconds"].keys() == {"all_reduce", "all_to_all", "arithmetic", "checkpoint"}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,12 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 import megamoe
 from megamoe.config.schema import RunConfig
@@ -20,9 +17,10 @@ class Facts:
     """What one rank measured. Speeds in bytes/s, sizes in bytes, the clock in seconds ahead of rank 0's.
 
     Attributes:
-        versions: of what must be equal everywhere, and hashes of code and config.
-        memory_free: of the GPU, else of the node.
-        ranks_on_host: processes that share `memory_free`.
+        host_free: memory of the node, or what the job may take of it.
+        ranks_on_host: processes that share it.
+        gpu_free: memory of its GPU; None on a CPU.
+        flops: operations/s of a product of large matrices in the run's dtype.
         link: of its best pair with a rank elsewhere: a slow node has no fast pair; 0 without a pair.
         shared_folder: whether this rank sees what rank 0 wrote into the checkpoint folder.
         disk_error: why the checkpoint folder cannot be used; empty if it can.
@@ -30,9 +28,10 @@ class Facts:
 
     rank: int
     host: str
-    versions: Mapping[str, str] = field(default_factory=dict)
-    memory_free: int = 0
+    host_free: int = 0
     ranks_on_host: int = 1
+    gpu_free: int | None = None
+    flops: float = 0.0
     link: float = 0.0
     clock: float = 0.0
     disk_write: float = 0.0
@@ -58,10 +57,3 @@ def versions(run: RunConfig, ds: Mapping[str, Any]) -> dict[str, str]:
         "config": config_hash(run.to_dict())[:12],
         "DeepSpeed config": hashlib.sha256(json.dumps(ds, sort_keys=True).encode()).hexdigest()[:12],
     }
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on the device of a rank; of a CPU, what its node can give without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -11,6 +11,8 @@ from megamoe.parallel.launch import World
 
 MESSAGE_BYTES = (1 << 16, 1 << 20, 1 << 24)
 REPEATS = 5
+MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
+"""Large enough for a device's best speed."""
 
 
 def collective_speeds(world: World, ep_size: int) -> dict[str, dict[int, float]]:
@@ -58,6 +60,19 @@ def best_link(world: World, hosts: list[str], n_bytes: int = 1 << 22) -> float:
             best = max(best, n_bytes / _seconds(world, swap))
         distance *= 2
     return best
+
+
+def arithmetic_speed(world: World, dtype: torch.dtype) -> float:
+    """Operations/s of a product of square matrices; all ranks at once, as they train."""
+    size = MATRIX_SIZE[world.device.type]
+    matrix = torch.full((size, size), 1 / size, dtype=dtype, device=world.device)
+    product = torch.empty_like(matrix)
+
+    def multiply() -> None:
+        torch.mm(matrix, matrix, out=product)
+
+    world.barrier()
+    return 2 * size**3 / _seconds(world, multiply)
 
 
 def clock_ahead(world: World) -> float:

@@ -1,4 +1,8 @@
-"""What one step and one checkpoint of a run ask of each rank, by arithmetic."""
+"""What one step and one checkpoint of a run ask of each rank, by arithmetic: nothing is allocated.
+
+P parameters are trained, P_x of them in experts, over W ranks, R of which share one set of experts. A number
+has b bytes in the layout's dtype. T tokens and K experts per token go through each of A micro-batches.
+"""
 
 from dataclasses import dataclass
 
@@ -6,66 +10,124 @@ import torch
 
 from megamoe.config.schema import RunConfig
 from megamoe.models.transformer_xl import TransformerXL
+from megamoe.moe.routers import router_class
 from megamoe.parallel.ds_config import Layout
-from megamoe.training.banner import count_parameters
+from megamoe.training.banner import ParameterCounts, count_parameters
 
 FP32_BYTES = 4
-ADAM_STATES = 3
-"""fp32 masters and two moments; pure fp32 training has no master beside its weights."""
+MOMENT_BYTES = 8
+"""Adam's two."""
+KEY_BYTES = 8
+"""What names a row to the ranks that draw its dropout."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes; `all_reduce` and `all_to_all` per rank and optimizer step, the rest as named.
+    """Of one rank: bytes and operations.
 
     Attributes:
-        all_reduce: gradients that this rank shares with others, in the layout's dtype: of all dense
-            parameters, and of its experts / ep_size where several ranks hold them; once per step, from ZeRO
-            stage 2 on once per micro-batch.
-        all_to_all: rows that a rank sends to the owners of their experts and back, T * K * D numbers each
-            way, in the forward and the backward pass (the forward twice with activation checkpointing).
-        memory: weights, gradients and optimizer states of one rank, without activations.
-        checkpoint: one checkpoint of all ranks, fp32 weights and Adam's moments.
+        all_reduce: gradients per step, b (P - P_x + P_x / R), without experts where R = W. ZeRO 1 reduces
+            to owners and gathers what they have updated, the two halves of an all-reduce; ZeRO 2 does the
+            first half for each micro-batch, times (A + 1) / 2; ZeRO 3 gathers for each pass as well,
+            times 3 A / 2.
+        all_to_all: rows sent per step, in each mixture layer and micro-batch 4 b T K D: to the experts and
+            back, forward and backward. Activation checkpointing repeats the forward pass. With dropout,
+            8 T K for their keys in each forward pass.
+        all_to_all_message: b T K D.
+        flops: floating-point operations per step, 6 for each active trained parameter and token.
+        memory: where tensors compute: weights and gradients b each, Adam's moments 8, fp32 masters 4 where
+            b < 4, divided as the ZeRO stage says; frozen numbers 4. From below: activations and
+            DeepSpeed's buckets come on top.
+        host_memory: of the node, beside that: a checkpoint's copy while it is written, offloaded states.
+        checkpoint: one checkpoint of all ranks: 12 P, 4 for each frozen number, and the model's memory.
     """
 
     all_reduce: int
     all_to_all: int
+    all_to_all_message: int
+    flops: float
     memory: int
+    host_memory: int
     checkpoint: int
 
 
-def needs_of(run: RunConfig, layout: Layout) -> Needs:
-    """What `run`, whose `model.vocab_size` is set, needs in `layout`."""
+def needs_of(run: RunConfig, layout: Layout, *, offloads: bool = False) -> Needs:
+    """What `run`, whose `model.vocab_size` is set, needs in `layout`.
+
+    Args:
+        offloads: optimizer states live in host memory.
+    """
     with torch.device("meta"):
-        model = TransformerXL(run.model, run.moe, seed=run.training.seed)
-    counts = count_parameters(model)
-    dense, experts = counts.trainable - counts.experts, counts.experts // layout.ep_size
-    shared = dense + (experts if layout.ep_size < layout.world_size else 0)
-    size = layout.dtype.itemsize
-    reductions = layout.accumulation if layout.zero_stage >= 2 else 1
+        counts = count_parameters(TransformerXL(run.model, run.moe, seed=run.training.seed))
+    top_k = _experts_per_token(run)
+    tokens = layout.micro_batch_size * run.model.segment_len
+    message = tokens * top_k * run.model.d_model * layout.dtype.itemsize if layout.ep_size > 1 else 0
+    memory, host_memory = _memory(run, layout, counts, offloads=offloads)
     return Needs(
-        all_reduce=shared * size * reductions if layout.world_size > 1 else 0,
-        all_to_all=_all_to_all(run, layout) if layout.ep_size > 1 else 0,
-        memory=_memory(counts.frozen, dense, experts, layout),
-        checkpoint=(counts.total + 2 * counts.trainable) * FP32_BYTES,
+        all_reduce=int(_shared(counts, layout) * layout.dtype.itemsize * _reductions(layout)),
+        all_to_all=_all_to_all(run, layout, message, tokens * top_k),
+        all_to_all_message=message,
+        flops=6.0 * counts.active(top_k, run.moe.n_experts) * tokens * layout.accumulation,
+        memory=memory,
+        host_memory=host_memory,
+        checkpoint=_checkpoint(run, layout, counts),
     )
 
 
-def _all_to_all(run: RunConfig, layout: Layout) -> int:
-    moe = run.moe
-    n_layers = len(moe.layer_indices(run.model.n_layers))
-    top_k = moe.top_k if moe.schedule.mode == "constant" else moe.schedule.max_k
-    rows = layout.micro_batch_size * run.model.segment_len * top_k
-    trips = 6 if run.training.activation_checkpointing else 4
-    return rows * run.model.d_model * layout.dtype.itemsize * trips * n_layers * layout.accumulation
+def _experts_per_token(run: RunConfig) -> int:
+    """The most that any step uses."""
+    schedule = run.moe.schedule
+    top_k = run.moe.top_k if schedule.mode == "constant" else schedule.max_k
+    return router_class(run.moe.router.name).experts_per_token(top_k, run.moe.n_experts)
 
 
-def _memory(frozen: int, dense: int, experts: int, layout: Layout) -> int:
-    size, stage = layout.dtype.itemsize, layout.zero_stage
-    # ZeRO divides over the ranks that hold the same parameters.
-    shared = dense / layout.world_size + experts / (layout.world_size // layout.ep_size)
-    mine = dense + experts
-    weights = shared if stage >= 3 else mine
-    gradients = shared if stage >= 2 else mine
-    states = (ADAM_STATES - (size == FP32_BYTES)) * (shared if stage >= 1 else mine)
-    return int((weights + gradients) * size + states * FP32_BYTES + frozen * FP32_BYTES)
+def _reductions(layout: Layout) -> float:
+    """What reducing the gradients of a step moves, in all-reduces."""
+    if layout.world_size == 1:
+        return 0
+    if layout.zero_stage == 3:
+        return 1.5 * layout.accumulation
+    return (layout.accumulation + 1) / 2 if layout.zero_stage == 2 else 1
+
+
+def _all_to_all(run: RunConfig, layout: Layout, message: int, rows: int) -> int:
+    if layout.ep_size == 1:
+        return 0
+    forwards = 2 if run.training.activation_checkpointing else 1
+    keys = KEY_BYTES * rows if run.model.dropout > 0 else 0
+    exchanges = len(run.moe.layer_indices(run.model.n_layers)) * layout.accumulation
+    return exchanges * (2 * message * (forwards + 1) + keys * forwards)
+
+
+def _held(counts: ParameterCounts, layout: Layout) -> int:
+    """Trained parameters that one rank computes with."""
+    return counts.trainable - counts.experts + counts.experts // layout.ep_size
+
+
+def _shared(counts: ParameterCounts, layout: Layout) -> int:
+    """Of these, the ones that other ranks compute with, too."""
+    alone = counts.experts // layout.ep_size if layout.ep_size == layout.world_size else 0
+    return _held(counts, layout) - alone
+
+
+def _memory(
+    run: RunConfig, layout: Layout, counts: ParameterCounts, *, offloads: bool
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes where tensors compute, and in host memory."""
+    held, size, stage = _held(counts, layout), layout.dtype.itemsize, layout.zero_stage
+    # The ranks that hold the same parameters divide them; over all sets of experts, that is P / W each.
+    share = -(-counts.trainable // layout.world_size)
+    weights = size * (share if stage == 3 else held) + FP32_BYTES * counts.frozen
+    gradients = size * (share if stage >= 2 else held)
+    masters = FP32_BYTES if size < FP32_BYTES else 0
+    states = (MOMENT_BYTES + masters) * (share if stage >= 1 else held)
+    copy = (FP32_BYTES + MOMENT_BYTES) * share if run.checkpoint.async_write else 0
+    device = weights + gradients + (0 if offloads else states)
+    return device, copy + (states if offloads else 0)
+
+
+def _checkpoint(run: RunConfig, layout: Layout, counts: ParameterCounts) -> int:
+    model = run.model
+    memory = model.n_layers * run.training.batch_size * model.memory_len * model.d_model
+    trained = (FP32_BYTES + MOMENT_BYTES) * counts.trainable
+    return trained + FP32_BYTES * counts.frozen + memory * layout.dtype.itemsize

@@ -4,12 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from megamoe.training.preflight.facts import Facts
-from megamoe.training.preflight.judge import Finding, gb
+from megamoe.training.preflight.judge import Finding, Speeds
 from megamoe.training.preflight.needs import Needs
+from megamoe.training.preflight.units import flop_rate, size, speed
+
+LOG_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -17,48 +21,38 @@ class Report:
     """Findings, and what they rest on; without measurements if ranks differ too much to measure.
 
     Attributes:
-        speeds: bytes/s by collective and message size.
+        seconds: of `megamoe.training.preflight.judge.seconds_of`.
     """
 
     findings: Sequence[Finding]
     needs: Needs | None = None
     facts: Sequence[Facts] = ()
-    speeds: dict[str, dict[int, float]] = field(default_factory=dict)
-
-    @property
-    def seconds_per_step(self) -> dict[str, float]:
-        """Time of each collective in one step, at its speed with the largest message, not overlapped."""
-        return {
-            name: getattr(self.needs, name) / by_size[max(by_size)]
-            for name, by_size in self.speeds.items()
-            if by_size
-        }
+    speeds: Speeds = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def print_json(report: Report) -> None:
-    """One object: needs, ranks, bytes_per_second, seconds_per_step, findings."""
+    """One object: needs, ranks, bytes_per_second, seconds, findings."""
     content = {
         "needs": asdict(report.needs) if report.needs else None,
         "ranks": [asdict(fact) for fact in report.facts],
         "bytes_per_second": report.speeds,
-        "seconds_per_step": report.seconds_per_step,
+        "seconds": report.seconds,
         "findings": [asdict(finding) for finding in report.findings],
     }
     print(json.dumps(content, indent=2))
 
 
 def print_report(report: Report) -> None:
-    """Tables of the ranks and of the network, then one line for each finding."""
+    """Tables of the ranks and of what the run asks of them, then one line for each finding."""
     console = Console()
+    if not console.is_terminal:  # the log of a job need not fit into 80 columns
+        console.width = LOG_WIDTH
     if report.needs:
         console.print(_ranks(report.facts))
-        if report.speeds:
-            console.print(_network(report))
-        console.print(
-            f"each rank needs {gb(report.needs.memory)} for weights, gradients and optimizer; a checkpoint"
-            f" has {gb(report.needs.checkpoint)}",
-            highlight=False,
-        )
+        if any(report.speeds.values()):
+            console.print(_network(report.speeds))
+        console.print(_needed(report.needs, report.facts, report.seconds))
     for finding in report.findings:
         label = "problem" if finding.stops else "warning"
         console.print(f"{label}: {finding.text}", highlight=False, soft_wrap=True, markup=False)
@@ -67,24 +61,37 @@ def print_report(report: Report) -> None:
 
 
 def _ranks(facts: Sequence[Facts]) -> Table:
-    table = Table("rank", "host", "memory free", "link", "clock", "disk write", "disk read", "disk free")
+    on_gpus = any(fact.gpu_free is not None for fact in facts)
+    columns = ("rank", "host", "RAM free", *(["GPU free"] if on_gpus else []), "arithmetic", "link", "clock")
+    table = Table(*columns, "write", "read", "disk free", box=box.SIMPLE_HEAD)
     for fact in facts:
         table.add_row(
-            str(fact.rank), fact.host, gb(fact.memory_free), _speed(fact.link),
-            f"{fact.clock * 1000:+.1f} ms", _speed(fact.disk_write), _speed(fact.disk_read),
-            gb(fact.disk_free),
+            str(fact.rank), fact.host, size(fact.host_free), *([size(fact.gpu_free or 0)] if on_gpus else []),
+            flop_rate(fact.flops), speed(fact.link), f"{fact.clock * 1000:+.1f} ms", speed(fact.disk_write),
+            speed(fact.disk_read), size(fact.disk_free),
         )  # fmt: skip
     return table
 
 
-def _network(report: Report) -> Table:
-    sizes = sorted({size for by_size in report.speeds.values() for size in by_size})
-    table = Table("collective", *(f"{size >> 10:,} KiB" for size in sizes), "a step moves", "in")
-    for name, seconds in report.seconds_per_step.items():
-        speeds = (_speed(report.speeds[name][size]) for size in sizes)
-        table.add_row(name.replace("_", "-"), *speeds, gb(getattr(report.needs, name)), f"{seconds:.3f} s")
+def _network(speeds: Speeds) -> Table:
+    sizes = sorted({n_bytes for by_size in speeds.values() for n_bytes in by_size})
+    table = Table("messages of", *(f"{n_bytes >> 10:,} KiB" for n_bytes in sizes), box=box.SIMPLE_HEAD)
+    for name, by_size in speeds.items():
+        if by_size:
+            table.add_row(name.replace("_", "-"), *(speed(by_size[n_bytes]) for n_bytes in sizes))
     return table
 
 
-def _speed(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e6:,.0f} MB/s"
+def _needed(needs: Needs, facts: Sequence[Facts], seconds: dict[str, float]) -> Table:
+    table = Table("a rank needs", "", "seconds", box=box.SIMPLE_HEAD)
+    rows = {
+        "all-reduce, a step": (size(needs.all_reduce), "all_reduce"),
+        "all-to-all, a step": (size(needs.all_to_all), "all_to_all"),
+        "arithmetic, a step": (f"{needs.flops / 1e9:,.3g} GFLOP", "arithmetic"),
+        "checkpoint": (size(needs.checkpoint / len(facts)), "checkpoint"),
+        "memory before activations": (size(needs.memory), ""),
+        "host memory beside": (size(needs.host_memory), ""),
+    }
+    for name, (amount, key) in rows.items():
+        table.add_row(name, amount, f"{seconds[key]:.2g}" if key else "")
+    return table
