@@ -4,9 +4,11 @@ One engine (Transformer-XL, bf16 with fp32 masters at ZeRO-1, Adam) on the ranks
 way saves and loads in turn, round by round. It is dense unless --experts asks for expert-parallel layers, one
 part on each rank; those DeepSpeed cannot save, since it wants a module for each expert, and is left out.
 
-stall   seconds in which training cannot go on
+stall   seconds in which training cannot go on; while a copy is made in the background, a forward and backward
+        pass of --tokens runs, and the wait for the rest of the copy counts
+slower  seconds that this pass takes longer than an undisturbed one, since it shares cores with the copy
 total   seconds until the files are on the disk: of the others fsync is counted too, which they leave out
-extra   peak of resident memory above what the process held before, MB
+extra   peak of resident memory above what the process held before, or such a pass needs alone, MB
 
 Of several ranks the slowest, and the one that needs most, count.
 
@@ -53,13 +55,14 @@ Figures = dict[str, float]
 class Bench:
     """The engine, and each way of saving and loading it."""
 
-    def __init__(self, world: World, n_layers: int, n_experts: int, folder: Path) -> None:
+    def __init__(self, world: World, n_layers: int, n_experts: int, n_tokens: int, folder: Path) -> None:
         self.world, self.n_experts, self.folder = world, n_experts, folder
+        self.tokens_BN = torch.arange(n_tokens + 1)[None] % VOCAB_SIZE
         moe = {"layers": "all", "n_experts": n_experts, "d_expert": 1024, "ep_size": world.world_size}
         self.run = from_dict({
             "model": {
                 "n_layers": n_layers, "d_model": 1024, "n_heads": 16, "d_head": 64, "d_inner": 4096,
-                "segment_len": 4, "memory_len": 0,
+                "segment_len": n_tokens, "memory_len": 0,
             },
             "moe": moe if n_experts else {"layers": "none"},
             "training": {"batch_size": world.world_size},
@@ -69,11 +72,16 @@ class Bench:
         self.writers = {
             name: CheckpointWriter(self.world, background=name == "async") for name in ("async", "sync")
         }
-        tokens = torch.arange(5)[None]
-        loss = self.engine.forward(tokens[:, :-1], tokens[:, 1:]).loss_BS
-        assert loss is not None
-        self.engine.backward(loss.mean())
+        self._pass()
         self.engine.step()
+
+    def _pass(self) -> float:
+        """Seconds of a forward and backward pass."""
+        begin = time.perf_counter()
+        loss_BS = self.engine.forward(self.tokens_BN[:, :-1], self.tokens_BN[:, 1:]).loss_BS
+        assert loss_BS is not None
+        self.engine.backward(loss_BS.mean())
+        return time.perf_counter() - begin
 
     @property
     def n_bytes(self) -> int:
@@ -83,19 +91,30 @@ class Bench:
         return 12 * numel + sum(buffer.nbytes for buffer in buffers)
 
     def save_ours(self, name: str) -> Figures:
-        """Stall is the copy, and the completion once the thread has written."""
+        """In the background or not; the completion once the thread has written is part of the stall."""
         writer, folder = self.writers[name], self.folder / name / "best"
         run = replace(self.run, model=self.engine.model.model_config)
+        undisturbed, peak = self._pass(), _memory("VmHWM")
+        self.engine.step()
+        self.world.barrier()
         begin = time.perf_counter()
         done = writer.save([folder], self.engine, TrainingState(step=1), run=run)
         stall = time.perf_counter() - begin
+        slower = 0.0
+        if not done:
+            slower = self._pass() - undisturbed
+            waiting = time.perf_counter()
+            writer.wait_for_copy()
+            stall += time.perf_counter() - waiting
+            self.engine.step()
         while not done:
             time.sleep(0.005)
             poll = time.perf_counter()
             done = writer.poll()
             if done:
                 stall += time.perf_counter() - poll
-        return {"stall": stall, "total": time.perf_counter() - begin}
+        extra = (_memory("VmHWM") - peak) / 1000
+        return {"stall": stall, "slower": slower, "total": time.perf_counter() - begin, "extra": extra}
 
     def save_deepspeed(self) -> Figures:
         """`engine.save_checkpoint`, then fsync."""
@@ -170,8 +189,8 @@ def measured(world: World, action: Callable[[], Figures]) -> Figures:
     world.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # makes VmHWM what is held now
     before = _memory("VmRSS")
-    figures = action() | {"extra": 0.0}
-    figures["extra"] = (_memory("VmHWM") - before) / 1000
+    figures = action()
+    figures.setdefault("extra", (_memory("VmHWM") - before) / 1000)
     ranks = world.gather_objects(figures)
     return {name: max(rank[name] for rank in ranks) for name in figures}
 
@@ -238,10 +257,10 @@ REPORT = """\
 
 {date}, `{command}`, {machine}.
 State: {state:.2f} GB of fp32 weights, Adam moments and frozen buffers{layout}.
-Ranks: {ranks}. Medians of {rounds} interleaved rounds.
+Ranks: {ranks}. Medians of {rounds} interleaved rounds. A training pass has {tokens} tokens a rank.
 
-| save | training stalls, s | stall of the first, s | until on disk, s | bytes / state | extra memory, MB |
-|---|---|---|---|---|---|
+| save | stall, s | stall of the first, s | next pass slower by, s | until on disk, s | bytes / state | extra, MB |
+|---|---|---|---|---|---|---|
 {saves}
 
 | load | s | extra memory, MB |
@@ -249,10 +268,12 @@ Ranks: {ranks}. Medians of {rounds} interleaved rounds.
 {loads}
 
 {share}
-On disk means after fsync, which the others leave out and are timed with here. Loads come from the page
-cache. The others also write the bf16 weights; megamoe hashes what it writes, and compares hashes when it
-loads. `async_write` keeps a copy of the state in host memory: the first save allocates it, so that it is
-not among the extra memory of later ones. What megamoe needs to load are pages of the mapped files.
+While `async_write` copies, the next forward and backward pass runs on the same cores; the update after it
+waits for the copy. On disk means after fsync, which the others leave out and are timed with here. Loads
+come from the page cache. The others also write the bf16 weights; megamoe hashes what it writes, and
+compares hashes when it loads. `async_write` keeps a copy of the state in host memory: the first save
+allocates it, so that it is not among the extra memory of later ones. What megamoe needs to load are pages
+of the mapped files.
 """
 
 
@@ -260,15 +281,19 @@ def report(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     state = result["state_bytes"]
     saves = [
-        f"| {TITLES[name]} | {row['stall']:.3f} | {row['first_stall']:.3f} | {row['total']:.2f} |"
+        f"| {TITLES[name]} | {row['stall']:.3f} | {row['first_stall']:.3f} | {row.get('slower', 0):.3f} |"
+        f" {row['total']:.2f} |"
         f" {row['bytes'] / state:.4f} | {row['extra']:.0f} |"
         for name, row in result["save"].items()
     ]
     loads = [f"| {name} | {row['total']:.2f} | {row['extra']:.0f} |" for name, row in result["load"].items()]
     share = ""
     if "deepspeed" in result["save"]:
-        part = result["save"]["async"]["stall"] / result["save"]["deepspeed"]["stall"]
-        share = f"Training stalls for {part:.1%} of DeepSpeed's save."
+        ours, theirs = result["save"]["async"]["stall"], result["save"]["deepspeed"]
+        share = (
+            f"Training stalls for {ours / theirs['stall']:.1%} of what DeepSpeed's save stalls it, for"
+            f" {ours / theirs['total']:.1%} of the time until that is on disk."
+        )
     experts = result["experts"]
     layout = f", {experts} experts a layer over all ranks" if experts else ""
     return REPORT.format(
@@ -285,6 +310,12 @@ def main() -> int:
     parser.add_argument(
         "--layers", type=int, default=7, help="layers of 13.6 million weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=256,
+        help="tokens of a training pass on each rank (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, help="name of the .json and .md files to write")
@@ -296,7 +327,7 @@ def main() -> int:
     folder = world.gather_objects(tempfile.mkdtemp(dir=args.folder) if world.is_main else "")[0]
     try:
         launcher = f"torchrun --nproc-per-node {world.world_size}" if world.world_size > 1 else "python"
-        bench = Bench(world, args.layers, args.experts, Path(folder))
+        bench = Bench(world, args.layers, args.experts, args.tokens, Path(folder))
         result = {
             "command": f"{launcher} {shlex.join(sys.argv)}",
             "date": date.today().isoformat(),
@@ -306,6 +337,7 @@ def main() -> int:
             "rounds": args.rounds,
             "ranks": world.world_size,
             "experts": args.experts,
+            "tokens": args.tokens,
         } | compare(bench, args.rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

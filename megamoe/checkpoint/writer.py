@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,11 +29,13 @@ class _Save:
     """A state of the run on its way into its folders.
 
     Attributes:
+        copied: this rank's part of the state, which from then on may change.
         shards: what this rank writes, one for each folder.
     """
 
     folders: tuple[Path, ...]
     documents: dict[str, str]
+    copied: Future[list[Slice]]
     shards: Future[list[Shard]]
 
 
@@ -44,8 +47,9 @@ class CheckpointWriter:
 
     Args:
         world: the ranks.
-        background: return from `save` once this rank's part is copied to host memory, which stays
-            allocated between saves. Otherwise `save` returns when the checkpoint is complete.
+        background: return from `save` at once; `wait_for_copy` must precede the next optimizer step. The
+            copy is in host memory, which stays allocated between saves. Otherwise `save` returns when the
+            checkpoint is complete.
     """
 
     def __init__(self, world: World, *, background: bool = False) -> None:
@@ -86,15 +90,21 @@ class CheckpointWriter:
             documents.update({CONFIG: json.dumps(run.to_dict(), indent=1), STATE: counted.to_json()})
             slices.extend([*_slices(engine), *memory])
             if self._staging is not None:
-                slices[:] = self._staging.copy(slices)
+                slices[:] = self._staging.hold(slices)
             if self._world.is_main:
                 _make_temporary(folders)
 
         with self._all_or_nothing(folders) as what:
             on_all_ranks(self._world, what, start)
-        written = self._thread.submit(self._write, folders, slices)
-        self._pending = _Save(tuple(folders), documents, written)
+        copied = self._thread.submit(self._staging.copy if self._staging is not None else list, slices)
+        written = self._thread.submit(self._write, folders, copied)
+        self._pending = _Save(tuple(folders), documents, copied, written)
         return complete if self._staging is not None else self.wait()
+
+    def wait_for_copy(self) -> None:
+        """Return when the state given to `save` may change; what failed, `poll` and `wait` raise."""
+        if self._pending is not None:
+            futures.wait([self._pending.copied])
 
     def poll(self) -> list[Path]:
         """Complete the save before if every rank has written its part; no rank waits for that.
@@ -127,7 +137,8 @@ class CheckpointWriter:
             on_all_ranks(self._world, what, publish_all)
         return list(save.folders)
 
-    def _write(self, folders: Sequence[Path], slices: Sequence[Slice]) -> list[Shard]:
+    def _write(self, folders: Sequence[Path], copied: Future[list[Slice]]) -> list[Shard]:
+        slices = copied.result()
         name = shard_file(self._world.rank, self._world.world_size)
         return [write_shard(temporary(folder) / name, slices) for folder in folders]
 

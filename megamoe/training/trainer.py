@@ -210,6 +210,7 @@ class Trainer:
             losses.append(loss.detach())
             auxiliaries.append(auxiliary)
         self._beat("update")
+        self._writer.wait_for_copy()
         result = engine.step()
         self.step += 1
         n_tokens = self._n_tokens(batch)

@@ -73,6 +73,7 @@ def save_and_train_on(
     writer = CheckpointWriter(world, background=background)
     before()
     writer.save(folders, engine, TrainingState(step=step), run=RunConfig())
+    writer.wait_for_copy()
     fill(engine, -1)
     writer.wait()
 

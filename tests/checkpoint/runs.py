@@ -66,8 +66,8 @@ class SmallRun:
         self.memories: list[Any] = [None] * self.engine.micro_batches
         self.step = 0
 
-    def train(self, n_steps: int) -> list[float]:
-        """The losses of this rank, one per micro-batch."""
+    def train(self, n_steps: int, writer: CheckpointWriter | None = None) -> list[float]:
+        """The losses of this rank, one per micro-batch; `writer` may have a save under way."""
         losses = []
         for _ in range(n_steps):
             for index, tokens_BS in enumerate(self.tokens().chunk(self.engine.micro_batches)):
@@ -79,6 +79,8 @@ class SmallRun:
                 loss = output.loss_BS.mean()
                 self.engine.backward(loss)
                 losses.append(loss.item())
+            if writer is not None:
+                writer.wait_for_copy()
             self.engine.step()
             self.step += 1
         return losses

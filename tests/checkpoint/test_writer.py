@@ -54,7 +54,7 @@ def save_slowly(run: SmallRun, writer: CheckpointWriter, folders: list[Path]) ->
     disk = Disk()
     writer_module.write_shard = disk if run.world.rank == 1 else write_shard
     told = {"save": run.start_save(writer, folders)}
-    run.train(2)
+    run.train(2, writer)
     told["poll while rank 1 writes"] = writer.poll()
     told["there while rank 1 writes"] = [folder for folder in folders if folder.exists()]
     disk.gate.set()
@@ -68,7 +68,7 @@ def second_save(run: SmallRun, writer: CheckpointWriter, folder: Path) -> list[P
     """A save completes the one before; the same host memory serves both."""
     writer_module.write_shard = write_shard
     run.start_save(writer, [folder / "step-000000004"])
-    run.train(1)
+    run.train(1, writer)
     return [*run.start_save(writer, [folder / "step-000000005"]), *writer.wait()]
 
 
