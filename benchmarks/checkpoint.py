@@ -259,7 +259,7 @@ REPORT = """\
 State: {state:.2f} GB of fp32 weights, Adam moments and frozen buffers{layout}.
 Ranks: {ranks}. Medians of {rounds} interleaved rounds. A training pass has {tokens} tokens a rank.
 
-| save | stall, s | stall of the first, s | next pass slower by, s | until on disk, s | bytes / state | extra, MB |
+| save | stall, s | first stall, s | next pass slower by, s | until on disk, s | bytes / state | extra, MB |
 |---|---|---|---|---|---|---|
 {saves}
 

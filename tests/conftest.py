@@ -1,11 +1,16 @@
 """Settings of the whole suite."""
 
+import signal
+
 import pytest
 from hypothesis import settings
 
 # Examples take as long as a busy machine lets them.
 settings.register_profile("suite", deadline=None, max_examples=50)
 settings.load_profile("suite")
+
+# What a shell starts in its background ignores SIGINT, and so would the processes under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
