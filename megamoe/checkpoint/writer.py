@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -96,7 +96,8 @@ class CheckpointWriter:
 
         with self._all_or_nothing(folders) as what:
             on_all_ranks(self._world, what, start)
-        copied = self._thread.submit(self._staging.copy if self._staging is not None else list, slices)
+        copy: Callable[[list[Slice]], list[Slice]] = list if self._staging is None else self._staging.copy
+        copied = self._thread.submit(copy, slices)
         written = self._thread.submit(self._write, folders, copied)
         self._pending = _Save(tuple(folders), documents, copied, written)
         return complete if self._staging is not None else self.wait()
