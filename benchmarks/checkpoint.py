@@ -8,11 +8,11 @@ stall   seconds in which training cannot go on; while a copy is made in the back
         pass of --tokens runs, and the wait for the rest of the copy counts
 slower  seconds that this pass takes longer than an undisturbed one, since it shares cores with the copy
 total   seconds until the files are on the disk: of the others fsync is counted too, which they leave out
-extra   peak of resident memory above what the process held before, or such a pass needs alone, MB
+extra   peak of resident memory above what the process held before, or such a step needs alone, MB
 
 Of several ranks the slowest, and the one that needs most, count.
 
-    python benchmarks/checkpoint.py --output benchmarks/results/2026-11-22-checkpoint
+    python benchmarks/checkpoint.py --output benchmarks/results/2026-11-26-checkpoint-1-rank
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --experts 8 --layers 5
 """
@@ -94,8 +94,9 @@ class Bench:
         """In the background or not; the completion once the thread has written is part of the stall."""
         writer, folder = self.writers[name], self.folder / name / "best"
         run = replace(self.run, model=self.engine.model.model_config)
-        undisturbed, peak = self._pass(), _memory("VmHWM")
+        undisturbed = self._pass()
         self.engine.step()
+        peak = _memory("VmHWM")
         self.world.barrier()
         begin = time.perf_counter()
         done = writer.save([folder], self.engine, TrainingState(step=1), run=run)

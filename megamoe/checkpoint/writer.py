@@ -1,11 +1,14 @@
 """Save a run: every rank writes its own shard, rank 0 the manifest, and one rename makes it a checkpoint."""
 
 import json
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +25,9 @@ from megamoe.errors import CheckpointError
 from megamoe.parallel.counters import read_counters
 from megamoe.parallel.fragments import TrainingEngine, owned_fragments
 from megamoe.parallel.launch import World
+
+LOW_PRIORITY = 10
+"""Of 0 to 19."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class _Save:
 class CheckpointWriter:
     """Saves a run between optimizer steps. All ranks must make the same calls.
 
-    A thread writes this rank's shards and never communicates. In `poll` and `wait` the ranks agree that
+    Threads copy and write this rank's shards and never communicate. In `poll` and `wait` the ranks agree that
     all of them have written, rank 0 completes the folders, and the failure of one is raised on all.
 
     Args:
@@ -55,7 +61,8 @@ class CheckpointWriter:
     def __init__(self, world: World, *, background: bool = False) -> None:
         self._world = world
         self._staging = Staging() if background else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._copying = ThreadPoolExecutor(1, "checkpoint-copy")
+        self._writing = ThreadPoolExecutor(1, "checkpoint-write", initializer=_yield_cores)
         self._pending: _Save | None = None
 
     def save(
@@ -97,8 +104,8 @@ class CheckpointWriter:
         with self._all_or_nothing(folders) as what:
             on_all_ranks(self._world, what, start)
         copy: Callable[[list[Slice]], list[Slice]] = list if self._staging is None else self._staging.copy
-        copied = self._thread.submit(copy, slices)
-        written = self._thread.submit(self._write, folders, copied)
+        copied = self._copying.submit(copy, slices)
+        written = self._writing.submit(self._write, folders, copied)
         self._pending = _Save(tuple(folders), documents, copied, written)
         return complete if self._staging is not None else self.wait()
 
@@ -168,6 +175,14 @@ def memory_slices(memory: Sequence[torch.Tensor], rows: range, batch_size: int) 
             _, M, D = memory_BMD.shape
             values = memory_BMD.detach().reshape(-1)
             yield Slice("memory", f"layers.{layer}", (batch_size, M, D), rows.start * M * D, values)
+
+
+def _yield_cores() -> None:
+    """Let training have the cores before this thread; hashing keeps one busy."""
+    # Only there threads have priorities of their own, which a sandbox may forbid to change.
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
 
 
 def _make_temporary(folders: Iterable[Path]) -> None:
