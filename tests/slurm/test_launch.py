@@ -276,3 +276,31 @@ def test_evaluation_on_two_nodes(checkout: Checkout, uncut: Path) -> None:
     scored: dict[str, Any] = json.loads("{" + log.read_text().partition("\n{")[2])
     reported = json.loads((uncut / "results.json").read_text())
     assert scored["loss_by_k"] == pytest.approx(reported["loss_by_k"], abs=1e-5)
+
+
+def test_a_checkpoint_of_bytes_becomes_a_classifier(checkout: Checkout, uncut: Path) -> None:
+    """By the template on one node; a signal to its step is answered by a checkpoint and a requeue."""
+    job = checkout.sbatch(
+        "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "slurm/finetune_sst2.sh",
+        "--checkpoint", "runs/uncut/best", "training.max_steps=60", "training.batch_size=8",
+        "evaluation.every=0", "evaluation.top_ks=2", "logging.every=1", "logging.tensorboard=false",
+        "--deepspeed_config", "ds_configs/zero1_fp32.json",
+    )  # fmt: skip
+    run = checkout.folder / "runs/finetune_sst2"
+    until_step(run, 10)
+    checkout.cluster.run("scancel", "--signal=USR1", f"{job}.0")
+    checkout.wait(job, restarts=1)
+    assert [*figures(run)] == list(range(1, 61))
+    results = json.loads((run / "results.json").read_text())
+    assert results["sentences"] == 1066
+    assert 0 < results["accuracy_by_k"]["2"] < 1
+
+
+def test_preflight_measures_both_nodes(checkout: Checkout) -> None:
+    job = checkout.sbatch("--nodes=2", *ONE_TASK_EACH, "slurm/preflight.sh", "small_enwik8", *TOY, "--json")
+    checkout.wait(job)
+    log = checkout.folder / f"runs/preflight/jobs/{job}-0/rank-00000.log"
+    report = json.loads("{" + log.read_text().partition("\n{")[2])
+    assert [rank["host"] for rank in report["ranks"]] == ["node1", "node2"]
+    assert all(rank["link"] > 0 and rank["shared_folder"] for rank in report["ranks"])
+    assert not any(finding["stops"] for finding in report["findings"])
