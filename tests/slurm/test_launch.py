@@ -196,17 +196,21 @@ def test_a_job_keeps_code_config_and_the_log_of_every_rank(eventful: Eventful) -
 
 
 def test_the_links_of_a_chain_go_on_with_one_run_and_those_after_its_end_return(checkout: Checkout) -> None:
-    """On two nodes with two tasks each."""
-    job = checkout.sbatch(
-        "--array=1-2%1", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1",
+    """On two nodes with two tasks each; two links are elements of an array, the third waits for its name."""
+    words = (
+        "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1",
         "slurm/small_enwik8.sh", *TOY, "training.max_steps=3", "name=chain",
     )  # fmt: skip
-    checkout.wait(f"{job}_2")
-    first, second = (checkout.log(f"{job}_{link}") for link in (1, 2))
+    array = checkout.sbatch("--array=1-2%1", *words)
+    single = checkout.sbatch("--dependency=singleton", *words)
+    assert checkout.cluster.job(single)["Dependency"] != "(null)"
+    checkout.wait(single)
+    first, *others = (checkout.log(job) for job in (f"{array}_1", f"{array}_2", single))
     assert "layout         4 data-parallel ranks" in first
     assert "step 3/3" in first
-    assert "runs/chain: all 3 steps are done and scored" in second
-    assert "step 3/3" not in second
+    for later in others:
+        assert "runs/chain: all 3 steps are done and scored" in later
+        assert "step 3/3" not in later
 
 
 def test_elements_of_a_comparison_train_apart_and_come_back_apart(checkout: Checkout, tmp_path: Path) -> None:
