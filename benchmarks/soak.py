@@ -114,6 +114,7 @@ class Kill:
         rank: who died.
         moment: as planned.
         before: the newest complete checkpoint's step at the launch.
+        logged: the last step logged then, by the launch before.
         resumed: the step that the run went on from; None if it died before.
         step: the last one logged when everybody had ended.
         torn: step of the checkpoint that was being written then; None: none was.
@@ -126,6 +127,7 @@ class Kill:
     rank: int
     moment: str
     before: int
+    logged: int
     resumed: int | None
     step: int
     torn: int | None
@@ -143,6 +145,8 @@ class Kill:
     def problems(self) -> list[str]:
         """What should not be."""
         allowed = EVERY + (0 if self.torn is None else self.step - self.torn)
+        if self.step == self.logged:  # killed before the first step: what is lost, the launch before has lost
+            allowed = self.lost
         checks = {
             f"the other ended with {self.code}": self.code == ExitCode.LOST_RANK,
             f"the other took {self.seconds:.0f} s": self.seconds < SURVIVOR_SECONDS,
@@ -202,7 +206,7 @@ class Soak:
 
     def kill(self, plan: Plan) -> Kill:
         """Launch, kill a rank, wait for the other."""
-        before = self._newest()
+        before, logged = self._newest(), steps_logged(self.run)
         with self._launch(self.run) as processes:
             self._wait_for(plan, processes)
             victim, survivor = processes[plan.rank], processes[1 - plan.rank]
@@ -213,8 +217,8 @@ class Soak:
             said = self._end(victim)
         assert victim.returncode == -SIGKILL, f"rank {plan.rank} ended before it was killed: {said}"
         return Kill(
-            rank=plan.rank, moment=plan.moment, before=before, resumed=self._resumed(),
-            step=steps_logged(self.run), torn=self._being_written(), left=hidden(self.run),
+            rank=plan.rank, moment=plan.moment, before=before, logged=logged,
+            resumed=self._resumed(), step=steps_logged(self.run), torn=self._being_written(), left=hidden(self.run),
             newest=self._newest(), code=survivor.returncode, seconds=round(seconds, 2),
         )  # fmt: skip
 
