@@ -217,8 +217,8 @@ class Soak:
             said = self._end(victim)
         assert victim.returncode == -SIGKILL, f"rank {plan.rank} ended before it was killed: {said}"
         return Kill(
-            rank=plan.rank, moment=plan.moment, before=before, logged=logged,
-            resumed=self._resumed(), step=steps_logged(self.run), torn=self._being_written(), left=hidden(self.run),
+            rank=plan.rank, moment=plan.moment, before=before, logged=logged, resumed=self._resumed(),
+            step=steps_logged(self.run), torn=self._being_written(), left=hidden(self.run),
             newest=self._newest(), code=survivor.returncode, seconds=round(seconds, 2),
         )  # fmt: skip
 
