@@ -158,10 +158,10 @@ def report(result: dict[str, Any]) -> str:
         f"`{result['command']}` on {result['machine']}.",
         "",
         "Peak memory beyond that of the same command on a tiny model, in units of the largest layer's"
-        f" weights, {result['layer_megabytes']:.0f} MB in fp32 (for upcycle, which makes {COPIES} experts of each"
-        f" network, {COPIES} times that). The models have four such layers, with Adam's moments. Resident"
-        " memory counts pages of mapped files, which the system takes back when it needs them; own memory"
-        " does not.",
+        f" weights, {result['layer_megabytes']:.0f} MB in fp32 (for upcycle, which makes {COPIES} experts of"
+        f" each network, {COPIES} times that). The models have four such layers, with Adam's moments."
+        " Resident memory counts pages of mapped files, which the system takes back when it needs them; own"
+        " memory does not.",
         "",
         "| command | resident | own | seconds |",
         "|---|---:|---:|---:|",
