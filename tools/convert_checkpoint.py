@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser(arguments[0] if command else "", command).parse_args(arguments)
     try:
         return args.run(args)
-    except MegaMoEError as error:
+    except (MegaMoEError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

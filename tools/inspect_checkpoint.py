@@ -6,6 +6,7 @@ nothing in them is run. Only headers are read unless norms, a check or a differe
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -35,18 +36,23 @@ exit codes: 0 sound or equal, 1 problems were found or the two differ, 2 it cann
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    chosen = "--diff" if args.diff else "--verify" if args.verify else ""
+    for option in ("verify", "norms", "depth"):
+        if chosen not in ("", f"--{option}") and getattr(args, option) not in (None, False):
+            parser.error(f"argument --{option}: not with {chosen}, which reads everything anyway")
     try:
         if args.diff:
             first, second = args.diff
             return _diff(first, second, args.json)
         return _verify(args.path, args.json) if args.verify else _show(args)
-    except MegaMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MegaMoEError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -127,9 +133,7 @@ def _diff(a: Path, b: Path, as_json: bool) -> int:
     first, second = _open(a), _open(b)
     found = list(differences(first.tensors, second.tensors))
     if as_json:
-        print(
-            json.dumps({"a": str(first.path), "b": str(second.path), "differences": list(map(asdict, found))})
-        )
+        _dump({"a": str(first.path), "b": str(second.path), "differences": list(map(asdict, found))})
     else:
         print(f"A: {first.path}: {first.kind}\nB: {second.path}: {second.kind}")
         for difference in found:
@@ -149,8 +153,21 @@ def _difference(found: "Difference") -> str:
 
 
 def _print_json(opened: "Opened", **more: Any) -> int:
-    print(json.dumps({"path": str(opened.path), "kind": opened.kind} | more))
+    _dump({"path": str(opened.path), "kind": opened.kind} | more)
     return 0
+
+
+def _dump(values: dict[str, Any]) -> None:
+    """Print as JSON, which has no word for numbers that are not finite."""
+    print(json.dumps(_finite(values), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _size(n_bytes: int) -> str:

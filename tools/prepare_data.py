@@ -27,6 +27,8 @@ from megamoe.errors import ConfigError, DistributedError, MegaMoEError
 from megamoe.launchers import rank_and_size
 
 GRACE_SECONDS = 3
+DEFAULT_SPLITS = (0.9, 0.05, 0.05)
+MOST_SUBWORDS = 1_000_000
 
 EXAMPLES = """\
 examples:
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.__stderr__)
         return 2
-    except MegaMoEError as error:
+    except (MegaMoEError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -97,9 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--splits",
         type=_fractions,
-        default="0.9,0.05,0.05",
         metavar="A,B,C",
-        help="shares of train, valid and test where no files are given for them (default: %(default)s)",
+        help="shares of train, valid and test where no files are given for them (default:"
+        f" {','.join(map(str, DEFAULT_SPLITS))})",
     )
     command.add_argument("--name", help="name of the corpus in figures (default: the name of the first file)")
     command = commands.add_parser("verify", help="compare a prepared folder with the hashes in its manifest")
@@ -123,9 +125,8 @@ def _add_command(
         command.add_argument(
             "--vocab-size",
             type=int,
-            default=SUBWORDS,
             metavar="N",
-            help="subwords that sentencepiece learns (default: %(default)s)",
+            help=f"subwords that sentencepiece learns (default: {SUBWORDS})",
         )
     return command
 
@@ -140,17 +141,26 @@ def _fractions(text: str) -> tuple[float, float, float]:
 
 def _prepare(args: argparse.Namespace, ranks: Ranks) -> Manifest:
     kind = choose_tokenizer(args.command, args.tokenizer, "--tokenizer")
-    return prepare(_open(args, kind, ranks), args.output, kind, getattr(args, "vocab_size", SUBWORDS))
+    vocab_size = getattr(args, "vocab_size", None)
+    if vocab_size is not None and kind != "sentencepiece":
+        raise ConfigError(f"--vocab-size = {vocab_size}: is for --tokenizer sentencepiece; leave it out")
+    if vocab_size is not None and not 0 < vocab_size <= MOST_SUBWORDS:
+        raise ConfigError(f"--vocab-size = {vocab_size}: give 1 to {MOST_SUBWORDS:,}")
+    return prepare(_open(args, kind, ranks), args.output, kind, vocab_size or SUBWORDS)
 
 
 def _open(args: argparse.Namespace, kind: str, ranks: Ranks) -> RawText:
     if args.command == "text":
+        if args.splits and (args.valid or args.test):
+            raise ConfigError(
+                "--splits: has nothing to divide where --valid or --test name files; leave it out"
+            )
         return open_text(
             args.paths,
             args.name or args.paths[0].name,
             valid=args.valid,
             test=args.test,
-            fractions=args.splits,
+            fractions=args.splits or DEFAULT_SPLITS,
             by_lines=kind != "bytes",
             track=_show_progress,
             ranks=ranks,

@@ -38,7 +38,7 @@ def load_model(path: str | Path, *, verify: bool = True) -> Any:
     if verify:
         reader.verify_files()
     n_weights = sum(math.prod(reader.shape("weight", name)) for name in reader.names("weight"))
-    model = _without_values(reader.config, n_weights, reader.folder)
+    model = _model_of(reader.config, n_weights, reader.folder)
     require_same_tensors(reader, model)
     tensors = {name: reader.tensor("weight", name) for name, _ in model.named_parameters()}
     for name, buffer in saved_buffers(model).items():
@@ -50,7 +50,7 @@ def load_model(path: str | Path, *, verify: bool = True) -> Any:
 def _load_export(reader: ExportReader, verify: bool) -> Backbone:
     if verify:
         reader.verify_files()
-    model = _without_values(reader.config, reader.numel, reader.folder)
+    model = _model_of(reader.config, reader.numel, reader.folder)
     empty = model.state_dict()
     reader.require_only(empty)
     for name, values in empty.items():
@@ -62,23 +62,33 @@ def _load_export(reader: ExportReader, verify: bool) -> Backbone:
     return model.eval()
 
 
-def _without_values(config: RunConfig, n_weights: int, folder: Path) -> Backbone:
-    """The model of a checkpoint's config. It occupies no memory, whatever a damaged config asks for."""
+def _model_of(config: RunConfig, n_weights: int, folder: Path) -> Backbone:
+    try:
+        return empty_model(config, n_weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {error}") from None
+
+
+def empty_model(config: RunConfig, n_weights: int) -> Backbone:
+    """The model of a checkpoint's config. It occupies no memory, whatever a damaged config asks for.
+
+    Args:
+        n_weights: numbers that the checkpoint holds.
+
+    Raises:
+        CheckpointError: the config describes no model, or one of more experts than there are numbers.
+    """
     model, moe = config.model, config.moe
     experts = len(moe.layer_indices(model.n_layers)) * moe.n_experts
     if experts > n_weights:
-        raise _wrong_config(folder, f"moe.n_experts = {moe.n_experts}: more than the weights it holds")
+        raise CheckpointError(f"{CONFIG}: moe.n_experts = {moe.n_experts}: more than the weights it holds")
     try:
         with torch.device("meta"):
             return model_of(config)
     except ConfigError as error:
-        raise _wrong_config(folder, str(error)) from None
+        raise CheckpointError(f"{CONFIG}: {error}") from None
     except (RuntimeError, TypeError, ArithmeticError) as error:
-        raise _wrong_config(folder, f"describes no model ({str(error)[:80]!r})") from None
-
-
-def _wrong_config(folder: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {str(folder)!r}: {CONFIG}: {problem}")
+        raise CheckpointError(f"{CONFIG}: describes no model ({str(error)[:80]!r})") from None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -11,6 +11,8 @@ import torch
 from megamoe.checkpoint.matching import require_same_options
 from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.checkpoint.state import EngineCounters
+from megamoe.convert.model_tensors import require_tensors_of
+from megamoe.convert.neutral import tensors_of
 from megamoe.convert.neutral_writer import write_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     for reader in readers:
         reader.verify_files()
         require_same_options(reader, last.config.model, last.config.moe)
+        require_tensors_of(reader.config, [t for t in tensors_of(reader) if t.kind != "memory"])
+        _require_same_run(reader, last)
     tensors = averaged(readers)
     counted = last.state.engine
     state = replace(
@@ -57,6 +61,19 @@ def run(args: argparse.Namespace) -> int:
     write_neutral(args.output, tensors, last.config, state, progress=shown)
     print(f"{args.output}: mean of {len(readers)} checkpoints")
     return 0
+
+
+def _require_same_run(reader: CheckpointReader, last: CheckpointReader) -> None:
+    seed, expected = reader.config.training.seed, last.config.training.seed
+    if seed != expected:
+        raise CheckpointError(
+            f"training.seed: {seed} in {str(reader.folder)!r}, {expected} in {str(last.folder)!r}; they are"
+            " of two runs"
+        )
+    if reader.state.tokenizer != last.state.tokenizer:
+        raise CheckpointError(
+            f"tokenizer: differs in {str(reader.folder)!r} and {str(last.folder)!r}; they are of two runs"
+        )
 
 
 def averaged(readers: Sequence[CheckpointReader]) -> list[LazyTensor]:

@@ -52,10 +52,10 @@ def tensors_of(reader: ExportReader) -> list[LazyTensor]:
     Raises:
         CheckpointError: they are not those of the model that its config describes.
     """
-    expected = model_tensors(reader.config)
+    expected = model_tensors(reader.config, reader.numel)
     reader.require_only(expected)
     baked = dict.fromkeys(filter(BAKED.fullmatch, reader.files), "buffer")
     kinds = baked | {name: tensor.kind for name, tensor in expected.items()}
     tensors = [export_tensor(reader, kind, name) for name, kind in kinds.items()]
-    require_tensors_of(reader.config, (tensor for tensor in tensors if tensor.name in expected))
+    require_tensors_of(reader.config, [tensor for tensor in tensors if tensor.name in expected])
     return tensors

@@ -3,6 +3,7 @@
 import torch
 from torch.nn.functional import normalize, one_hot
 
+from megamoe.errors import CheckpointError
 from megamoe.moe.initialization import generator
 
 _MAX_ROUNDS = 50
@@ -14,9 +15,14 @@ def balanced_clusters(rows_ND: torch.Tensor, n_clusters: int, seed: int) -> torc
     Each round assigns all rows at once at the least total squared distance (a linear assignment with
     N x N costs), then moves the centres to the means; it ends when no row changes its cluster. The sum of
     squared distances never rises.
+
+    Raises:
+        CheckpointError: some numbers are not finite.
     """
     from scipy.optimize import linear_sum_assignment
 
+    if not rows_ND.isfinite().all():
+        raise CheckpointError("--by clusters: the weights hold numbers that are not finite")
     directions_ND = normalize(rows_ND.double(), dim=1)
     size = len(rows_ND) // n_clusters
     starts = torch.randperm(len(rows_ND), generator=generator(seed, "clusters"))[:n_clusters]

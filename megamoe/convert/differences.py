@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from megamoe.convert.tensors import LazyTensor
+from megamoe.convert.tensors import LazyTensor, same_bits
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,13 @@ def differences(a: Sequence[LazyTensor], b: Sequence[LazyTensor]) -> Iterator[Di
 
 def _compare(first: LazyTensor, second: LazyTensor) -> Difference | None:
     ours, theirs = first.checked(), second.checked()
-    if first.dtype == second.dtype and torch.equal(ours, theirs):
+    if first.dtype == second.dtype and same_bits(ours, theirs):
         return None
-    detail = ""
-    if first.dtype != second.dtype:
-        detail = f"{first.dtype} and {second.dtype}"
+    detail = f"{first.dtype} and {second.dtype}" if first.dtype != second.dtype else ""
+    if not (ours.is_floating_point() or theirs.is_floating_point()):
+        # Doubles would round whole numbers.
+        apart = int((theirs.long() - ours.long()).abs().max()) if ours.numel() else 0
+        return Difference(first.kind, first.name, "values" if apart else "type", apart, None, detail)
     change = theirs.double() - ours.double()
     largest = float(change.abs().max()) if change.numel() else 0.0
     if largest == 0 and detail:

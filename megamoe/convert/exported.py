@@ -48,10 +48,18 @@ def as_type(tensors: Iterable[LazyTensor], dtype: str) -> list[LazyTensor]:
 
 
 def _cast(tensor: LazyTensor, dtype: str) -> torch.Tensor:
-    values = tensor.checked()
+    return narrowed(tensor.name, tensor.checked(), dtype)
+
+
+def narrowed(name: str, values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The numbers of tensor `name` in `dtype`.
+
+    Raises:
+        CheckpointError: some are beyond its range.
+    """
     result = values.to(torch_dtype(dtype))
-    if _is_finite(values) and not _is_finite(result):
-        raise CheckpointError(f"{tensor.name}: holds numbers beyond the range of {dtype}; give bf16")
+    if result.dtype != values.dtype and _is_finite(values) and not _is_finite(result):
+        raise CheckpointError(f"{name}: holds numbers beyond the range of {dtype}; give bf16")
     return result
 
 

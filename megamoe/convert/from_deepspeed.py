@@ -9,7 +9,8 @@ from megamoe.convert.native_reader import read_model
 from megamoe.convert.native_tensors import neutral_tensors, read_config, read_optimizer, read_state
 from megamoe.convert.neutral_writer import write_neutral
 from megamoe.convert.progress import progress
-from megamoe.convert.tensors import total_bytes
+from megamoe.convert.tensors import require_disjoint, total_bytes
+from megamoe.errors import ConfigError
 
 SUMMARY = (
     "Read what engine.save_checkpoint of DeepSpeed wrote for a model with native MoE layers: weights, and at"
@@ -44,10 +45,16 @@ def run(args: argparse.Namespace) -> int:
     model = read_model(args.input)
     config, state = read_config(model, args.config), read_state(model)
     shards = None if args.weights_only else read_optimizer(model, args.ep_size)
+    if args.ep_size is not None and shards is None:
+        raise ConfigError(
+            f"--ep-size = {args.ep_size}: is that of optimizer states, and none are read; leave it out"
+        )
     step = shards.step if shards else 0
-    state = replace(state, engine=replace(state.engine, optimizer_step=step))
+    tokens = state.tokens_seen or state.engine.global_samples * config.model.segment_len
+    state = replace(state, tokens_seen=tokens, engine=replace(state.engine, optimizer_step=step))
     tensors = list(neutral_tensors(model, shards))
     require_tensors_of(config, [tensor for tensor in tensors if tensor.kind != "memory"])
+    require_disjoint(tensors, sorted(model.folder.iterdir()))
     shown = progress(total_bytes(tensors), f"writing {args.output}")
     write_neutral(args.output, tensors, config, state, progress=shown)
     found = f"masters and moments of step {step}" if shards else "weights alone"

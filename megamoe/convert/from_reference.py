@@ -1,7 +1,7 @@
 """The published HyperRouter and SMoE-Dropout checkpoints as neutral ones."""
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +17,8 @@ from megamoe.convert.published import PublishedModel, read_published
 from megamoe.convert.published_config import run_config
 from megamoe.convert.published_optimizer import PublishedOptimizer, moments, read_optimizer
 from megamoe.convert.symbols import read_symbols, tokenizer_of
-from megamoe.convert.tensors import LazyTensor, lazy, total_bytes
+from megamoe.convert.tensors import LazyTensor, lazy, require_disjoint, total_bytes
 from megamoe.convert.torch_file import StoredTensor
-from megamoe.errors import CheckpointError
 from megamoe.models.reference_names import aliases, check_tied, is_router_embedding, our_names
 
 SUMMARY = (
@@ -84,7 +83,7 @@ def convert(
     config = run_config(published, args.set, optimizer.settings if optimizer else None)
     tensors = list(neutral_tensors(published, config, optimizer))
     require_tensors_of(config, tensors)
-    _require_disjoint(published, tensors)
+    require_disjoint(tensors, [published.path])
     state = _state(config, optimizer.step if optimizer else 0)
     if args.vocab:
         tokenizer = tokenizer_of(read_symbols(args.vocab), config.model.vocab_size)
@@ -109,7 +108,7 @@ def neutral_tensors(
         stored, original = published.tensors.get(name), published.tensors.get(source)
         if stored and original and stored != original:
             check_tied(name, stored.load(), source, original.load())
-    kinds = model_tensors(config)
+    kinds = model_tensors(config, sum(stored.numel for stored in published.tensors.values()))
     trained = {}
     for name, ours in our_names(published.tensors, config.model).items():
         kind = kinds[ours].kind if ours in kinds else "weight"
@@ -130,13 +129,6 @@ def as_ours(kind: str, name: str, stored: StoredTensor) -> LazyTensor:
         shape = (stored.shape[-1],) if len(stored.shape) == 2 else stored.shape
         return LazyTensor(kind, name, shape, stored.dtype, lambda: stored.load().flatten())
     return LazyTensor(kind, name, stored.shape, stored.dtype, stored.load)
-
-
-def _require_disjoint(published: PublishedModel, tensors: Iterable[LazyTensor]) -> None:
-    """Refuse a file whose tensors overlap, which could claim more numbers than any disk holds."""
-    weights = total_bytes(tensor for tensor in tensors if tensor.kind in ("weight", "buffer"))
-    if weights > published.path.stat().st_size:
-        raise CheckpointError(f"file {str(published.path)!r}: its tensors overlap")
 
 
 def _state(config: RunConfig, step: int) -> TrainingState:

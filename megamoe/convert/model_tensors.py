@@ -1,16 +1,16 @@
 """Which tensors the model of a config has."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from megamoe.checkpoint.dtypes import DTYPES
 from megamoe.checkpoint.format import MOMENTS
+from megamoe.checkpoint.load import empty_model
 from megamoe.config.schema import RunConfig
 from megamoe.convert.tensors import LazyTensor
 from megamoe.errors import CheckpointError
-from megamoe.models.model_of import model_of
 from megamoe.parallel.placement import saved_buffers
 
 
@@ -22,18 +22,16 @@ class ModelTensor(NamedTuple):
     is_floating: bool
 
 
-def model_tensors(config: RunConfig) -> dict[str, ModelTensor]:
+def model_tensors(config: RunConfig, n_weights: int) -> dict[str, ModelTensor]:
     """The tensors of the model by name. Allocates none of them.
 
+    Args:
+        n_weights: numbers that the checkpoint holds, which bounds the model.
+
     Raises:
-        CheckpointError: no model can be so large.
-        ConfigError: a setting does not fit the others.
+        CheckpointError: the config describes no model that the checkpoint could hold.
     """
-    try:
-        with torch.device("meta"):
-            model = model_of(config)
-    except (RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"model: cannot be built ({str(error)[:80]})") from None
+    model = empty_model(config, n_weights)
     tensors: dict[str, tuple[str, torch.Tensor]] = {
         name: ("weight", p) for name, p in model.named_parameters()
     }
@@ -44,14 +42,15 @@ def model_tensors(config: RunConfig) -> dict[str, ModelTensor]:
     }
 
 
-def require_tensors_of(config: RunConfig, tensors: Iterable[LazyTensor]) -> None:
+def require_tensors_of(config: RunConfig, tensors: Sequence[LazyTensor]) -> None:
     """Refuse tensors that are not exactly those of the model: weights and buffers, and moments of weights.
 
     Raises:
         CheckpointError: the first that is missing, unknown, of another shape, or of whole numbers where the
             model has others.
     """
-    expected = {(found.kind, name): found for name, found in model_tensors(config).items()}
+    n_numbers = sum(tensor.numel for tensor in tensors)
+    expected = {(found.kind, name): found for name, found in model_tensors(config, n_numbers).items()}
     missing = set(expected)
     for tensor in tensors:
         kind = "weight" if tensor.kind in MOMENTS else tensor.kind

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ MODULES = (
     "deepspeed.runtime.lr_schedules", "torch",
 )  # fmt: skip
 _SHOWN = 3
+_LONGEST_TAG = 4096
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def find_tag(path: Path) -> Path:
     """
     latest = path / LATEST
     if latest.is_file() and not (path / MODEL_FILE).exists():
-        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+        with latest.open("rb") as file:
+            tag = file.read(_LONGEST_TAG).decode(errors="replace").strip()
         if not re.fullmatch(r"\w[\w.-]*", tag):
             raise CheckpointError(f"{str(latest)!r}: {tag[:40]!r} is not the name of a folder beside it")
         path = path / tag
@@ -94,8 +97,8 @@ def read_model(path: Path) -> NativeModel:
     folder = find_tag(path)
     main = structure_of(folder / MODEL_FILE)
     try:
-        weights = {name: _weight(stored) for name, stored in main["module"].items()}
-        buffers = frozenset(main.get("buffer_names") or ())
+        weights = {_text(name): _weight(stored) for name, stored in main["module"].items()}
+        buffers = frozenset(map(_text, main.get("buffer_names") or ()))
         counts = [int(n) for n in main.get("num_experts") or ()]
         parallel = int(main.get("mp_world_size", 1)) > 1
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -124,12 +127,17 @@ def structure_of(path: Path) -> dict[str, Any]:
 def _read_experts(folder: Path, counts: list[int]) -> dict[tuple[str, str], list[StoredWeight]]:
     """Every expert of every layer, exactly once; `counts` are those that the model file promises."""
     found = {file for path in folder.iterdir() if (file := parse_expert_file(path.name))}
-    wanted = {(layer, expert) for layer, count in enumerate(counts) for expert in range(min(count, 1 << 20))}
-    if missing := sorted(wanted - found):
-        raise CheckpointError(f"checkpoint {str(folder)!r}: missing {_listed(missing)}")
-    if unknown := sorted(found - wanted):
+    unknown = sorted((layer, e) for layer, e in found if layer >= len(counts) or e >= counts[layer])
+    # Counted one by one as far as there are files: what the model file promises may be anything.
+    wanted = ((layer, expert) for layer, count in enumerate(counts) for expert in range(count))
+    missing = list(islice((file for file in wanted if file not in found), _SHOWN))
+    if missing:
+        n_missing = sum(max(0, count) for count in counts) - (len(found) - len(unknown))
+        raise CheckpointError(f"checkpoint {str(folder)!r}: missing {_listed(missing, n_missing)}")
+    if unknown:
         raise CheckpointError(
-            f"checkpoint {str(folder)!r}: {_listed(unknown)} belong to no expert; num_experts is {counts}"
+            f"checkpoint {str(folder)!r}: {_listed(unknown, len(unknown))} belong to no expert; num_experts"
+            f" is {counts}"
         )
     experts: dict[tuple[str, str], list[StoredWeight]] = {}
     for layer, count in enumerate(counts):
@@ -172,7 +180,13 @@ def _weight(stored: Any) -> StoredWeight:
     return StoredWeight(stored.shape, stored.dtype, stored.load)
 
 
-def _listed(files: list[tuple[int, int]]) -> str:
+def _text(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError("a name is no text")
+    return name
+
+
+def _listed(files: list[tuple[int, int]], n_files: int) -> str:
     names: Iterator[str] = (expert_file(*file) for file in files[:_SHOWN])
-    more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+    more = f" and {n_files - _SHOWN} more" if n_files > _SHOWN else ""
     return ", ".join(names) + more

@@ -11,7 +11,7 @@ from megamoe.config import RunConfig, from_dict
 from megamoe.config.load import load_config
 from megamoe.convert.native import OURS, expert_name, neutral_name
 from megamoe.convert.native_reader import NativeModel, StoredWeight
-from megamoe.convert.tensors import LazyTensor
+from megamoe.convert.tensors import LazyTensor, same_bits
 from megamoe.convert.torch_file import StoredTensor
 from megamoe.convert.unpartitioned import read_unpartitioned
 from megamoe.convert.zero_shards import Shards, read_shards, require_whole
@@ -56,7 +56,7 @@ def read_state(model: NativeModel) -> TrainingState:
     counters = [model.main.get(name) or 0 for name in ("global_steps", "global_samples", "skipped_steps")]
     if not all(type(value) is int and value >= 0 for value in counters):
         raise CheckpointError(
-            f"checkpoint {str(model.folder)!r}: its counters {counters!r:.80} are not numbers"
+            f"checkpoint {str(model.folder)!r}: its counters of steps and samples are not numbers"
         )
     steps, samples, skipped = counters
     engine = EngineCounters(global_steps=steps, global_samples=samples, skipped_steps=skipped)
@@ -71,9 +71,7 @@ def world_size_of(model: NativeModel) -> int:
     """
     world_size = model.main.get("dp_world_size")
     if type(world_size) is not int or world_size < 1:
-        raise CheckpointError(
-            f"checkpoint {str(model.folder)!r}: dp_world_size = {world_size!r:.40}: not a number"
-        )
+        raise CheckpointError(f"checkpoint {str(model.folder)!r}: dp_world_size: not a number of ranks")
     return world_size
 
 
@@ -149,7 +147,7 @@ def _joined(reads: "list[Callable[[], torch.Tensor]]", shape: tuple[int, ...], d
 def _master(shards: Shards, name: str, weight: StoredWeight) -> "torch.Tensor":
     """The fp32 master of a weight, which must be what the weight was rounded from."""
     master = shards.read("weight", name)
-    if not master.to(torch_dtype(weight.dtype)).equal(weight.load().flatten()):
+    if not same_bits(master.to(torch_dtype(weight.dtype)), weight.load().flatten()):
         raise CheckpointError(
             f"{name}: its fp32 master is not what the saved weight was rounded from; shards are of another"
             " checkpoint, or saved with round_robin_gradients, or damaged; --weights-only leaves them out"

@@ -1,6 +1,7 @@
 """Write neutral checkpoints as streams of tensors."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megamoe.checkpoint.dtypes import torch_dtype
-from megamoe.checkpoint.folder import publish, temporary
+from megamoe.checkpoint.folder import sync_folder
 from megamoe.checkpoint.format import CONFIG, STATE, shard_file
 from megamoe.checkpoint.shard import stored_dtype, write_documents, write_shard
 from megamoe.checkpoint.state import TrainingState
@@ -52,16 +53,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill under another name; it becomes `folder` at the end, or is removed on failure.
 
     Raises:
-        CheckpointError: `folder` exists, or the disk refuses.
+        CheckpointError: `folder` exists, at the start or by the end, or the disk refuses.
     """
-    if folder.exists():
-        raise CheckpointError(f"output {str(folder)!r}: exists; remove it or choose another name")
-    unfinished = temporary(folder)
+    place = folder.resolve()
+    unfinished = place.with_name(f".{place.name}.partial-{os.getpid()}")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if place.exists():
+            raise CheckpointError(f"output {str(folder)!r}: exists; remove it or choose another name")
         unfinished.mkdir(parents=True)
         yield unfinished
-        publish(folder)
+        sync_folder(unfinished)
+        unfinished.rename(place)  # refuses a folder with something in it
+        sync_folder(place.parent)
     except OSError as error:
         raise CheckpointError(f"output {str(folder)!r}: cannot be written ({error})") from None
     finally:

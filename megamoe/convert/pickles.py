@@ -5,12 +5,13 @@ inert `Record`, and the few functions that rebuild tensors are known by name. Ev
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from megamoe.errors import CheckpointError
 
+MOST_VALUES = 10_000_000
 LARGEST_PICKLE = 1 << 23
 """Bytes; that of a model of a thousand layers is smaller. It bounds time and memory."""
 
@@ -62,13 +63,47 @@ def unpickle(data: bytes, vocabulary: Vocabulary) -> Any:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
-                return machine.pop()
+                result = machine.pop()
+                _bound_size(result)
+                return result
             machine.execute(opcode.name, argument)
     except CheckpointError:
         raise
     except (ArithmeticError, LookupError, TypeError, UnicodeError, ValueError) as error:
         raise CheckpointError(f"pickle is damaged ({type(error).__name__}: {str(error)[:80]})") from None
     raise CheckpointError("pickle is damaged (it has no end)")
+
+
+def _bound_size(root: Any) -> None:
+    """Refuse data that is small only because parts are shared: who walks, prints or hashes it would not end.
+
+    Counts the values in every list, tuple and dict, shared ones as often as they come.
+    """
+    sizes: dict[int, int] = {}
+    waiting = [(root, False)]
+    while waiting:
+        value, counted = waiting.pop()
+        if counted:
+            sizes[id(value)] = 1 + sum(_size_in(item, sizes) for item in _items(value))
+            if sizes[id(value)] > MOST_VALUES:
+                raise CheckpointError("pickle expands to more values than any model's description has")
+        elif id(value) not in sizes:
+            sizes[id(value)] = MOST_VALUES + 1  # until it is counted: nothing may contain itself
+            waiting.append((value, True))
+            waiting += [(item, False) for item in _items(value) if _items(item)]
+
+
+def _size_in(item: Any, sizes: dict[int, int]) -> int:
+    """What an item adds to the size of what holds it; a record counts by itself."""
+    return 1 if isinstance(item, Record) else sizes.get(id(item), 1)
+
+
+def _items(value: Any) -> Collection[Any]:
+    if isinstance(value, Record):
+        return (value.arguments, value.state)
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 class _Mark:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ MODULES = (
     "utils.proj_adaptive_softmax",
     "torch.nn.*",
 )
-_DEEPEST, _MOST_MODULES = 16, 100_000
+_DEEPEST, _MOST_MODULES, _MOST_TENSORS = 16, 100_000, 400_000
 _MODULE_NAME = re.compile(r"\w{1,64}")
 
 
@@ -44,8 +45,8 @@ class PublishedModel:
     def attribute(self, module: str, name: str) -> Any:
         """An attribute of a module if it is plain data, else None."""
         value = self.modules.get(module, ("", {}))[1].get(name)
-        plain = isinstance(value, bool | int | float | str | list)
-        return value if plain else None
+        items = value if isinstance(value, list) else [value]
+        return value if all(isinstance(item, bool | int | float | str) for item in items) else None
 
 
 def read_published(path: Path) -> PublishedModel:
@@ -57,7 +58,9 @@ def read_published(path: Path) -> PublishedModel:
     content = TorchFile(path, MODULES).structure()
     if isinstance(content, Record):
         modules = dict(_modules(content, path))
-        tensors = {name: value for prefix in modules for name, value in _own_tensors(prefix, modules[prefix])}
+        tensors = dict(islice(_tensors(modules), _MOST_TENSORS + 1))
+        if len(tensors) > _MOST_TENSORS:
+            raise CheckpointError(f"file {str(path)!r}: has more tensors than any model")
         described = {prefix: (record.type.name, record.state) for prefix, record in modules.items()}
         return PublishedModel(path, tensors, described)
     for key in ("model", "state_dict"):
@@ -91,6 +94,11 @@ def _modules(root: Record, path: Path) -> Iterator[tuple[str, Record]]:
             break
         waiting += [(f"{prefix}.{name}".lstrip("."), child, depth + 1) for name, child in reversed(named)]
     raise CheckpointError(f"file {str(path)!r}: its modules are not those of a model")
+
+
+def _tensors(modules: Mapping[str, Record]) -> Iterator[tuple[str, StoredTensor]]:
+    for prefix, record in modules.items():
+        yield from _own_tensors(prefix, record)
 
 
 def _own_tensors(prefix: str, record: Record) -> Iterator[tuple[str, StoredTensor]]:

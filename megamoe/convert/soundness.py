@@ -39,7 +39,7 @@ def problems(opened: Opened) -> Iterator[str]:
             continue
         if not values.isfinite().all():
             yield f"{tensor.kind} {tensor.name}: holds numbers that are not finite"
-        if tensor.kind == "weight" and EXPERTS in tensor.name:
+        if tensor.kind == "weight" and EXPERTS in tensor.name and values.numel() and values.dim() > 1:
             layer = tensor.name.partition(EXPERTS)[0]
             digests = experts.setdefault(layer, [hashlib.sha256() for _ in range(len(values))])
             for digest, expert in zip(digests, values, strict=False):
@@ -50,7 +50,7 @@ def problems(opened: Opened) -> Iterator[str]:
 
 def _require_model(opened: Opened) -> None:
     assert opened.config is not None
-    own = (t for t in opened.tensors if t.kind != "memory" and not _is_generated(t, opened))
+    own = [t for t in opened.tensors if t.kind != "memory" and not _is_generated(t, opened)]
     require_tensors_of(opened.config, own)
 
 

@@ -14,8 +14,8 @@ import torch
 from megamoe.checkpoint.format import MOMENTS
 from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.config.schema import OptimizerConfig
-from megamoe.convert.exported import PRECISIONS
-from megamoe.convert.model_tensors import model_tensors
+from megamoe.convert.exported import PRECISIONS, narrowed
+from megamoe.convert.model_tensors import model_tensors, require_tensors_of
 from megamoe.convert.native import (
     LATEST,
     MODEL_FILE,
@@ -25,6 +25,7 @@ from megamoe.convert.native import (
     native_name,
     shard_file,
 )
+from megamoe.convert.neutral import tensors_of
 from megamoe.convert.neutral_writer import new_folder
 from megamoe.convert.progress import Progress, progress
 from megamoe.convert.torch_writer import NewTensor, write_torch_file
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"\w[\w.-]*", args.tag):
         raise ConfigError(f"--tag = {args.tag!r}: give the plain name of a folder")
     reader = CheckpointReader(locate(args.input))
+    reader.verify_files()
     writer = NativeWriter(reader, PRECISIONS[args.precision], args.world_size, args.ep_size)
     writer.write(args.output, args.tag)
     what = f"optimizer shards of {args.world_size} ranks" if args.world_size else "weights alone"
@@ -103,7 +105,9 @@ class NativeWriter:
     ) -> None:
         self.reader, self.dtype = reader, dtype
         self.moe = reader.config.moe
-        kinds = model_tensors(reader.config)
+        held = [tensor for tensor in tensors_of(reader) if tensor.kind != "memory"]
+        require_tensors_of(reader.config, held)
+        kinds = model_tensors(reader.config, sum(tensor.numel for tensor in held))
         self.trained: Shapes = {name: t.shape for name, t in kinds.items() if t.kind == "weight"}
         self.buffers: Shapes = {name: t.shape for name, t in kinds.items() if t.kind == "buffer"}
         self.world_size, self.ep_size = world_size, ep_size or 1
@@ -181,7 +185,7 @@ class NativeWriter:
         for name, (_, *shape) in self.trained.items():
             if name.startswith(f"{path}.experts."):
                 size = math.prod(shape)
-                parts = partial(self._read, "weight", name, expert * size, size)
+                parts = partial(self._read, "weight", name, expert * size, size, self.dtype)
                 leaf = name.rpartition(".")[2]
                 tensors[expert_name(path, expert, leaf)] = NewTensor(tuple(shape), self.dtype, parts)
         return tensors
@@ -229,7 +233,7 @@ class NativeWriter:
 
         def parts() -> Iterator[torch.Tensor]:
             for part in group.slices:
-                yield from self._read(kind, part.name, part.origin, part.numel)
+                yield from self._read(kind, part.name, part.origin, part.numel, "float32")
             yield torch.zeros(size - group.size + group.padding)
 
         return NewTensor((size,), "float32", parts)
@@ -237,12 +241,12 @@ class NativeWriter:
     def _whole(self, kind: str, name: str, dtype: str | None) -> NewTensor:
         shape = self.reader.shape(kind, name)
         dtype = dtype or self.reader.manifest.tensors[kind][name].dtype
-        return NewTensor(shape, dtype, partial(self._read, kind, name, 0, math.prod(shape)))
+        return NewTensor(shape, dtype, partial(self._read, kind, name, 0, math.prod(shape), dtype))
 
-    def _read(self, kind: str, name: str, start: int, numel: int) -> Iterator[torch.Tensor]:
+    def _read(self, kind: str, name: str, start: int, numel: int, dtype: str) -> Iterator[torch.Tensor]:
         values = self.reader.read(kind, name, start, start + numel)
         self.reader.release(values.nbytes)
-        yield values
+        yield narrowed(name, values, dtype)
         if self._shown and kind in ("weight", *MOMENTS):
             self._shown(numel * 4)
 

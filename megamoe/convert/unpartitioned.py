@@ -100,9 +100,11 @@ def _states(
     """Kind, name and place of moments and, in 16 bits, of masters; what Adam counts goes into `steps`."""
     adam = saved.get("optimizer_state_dict", saved)
     groups = adam["param_groups"]
-    if len(groups) > 1 and not all(_DEFAULT_GROUPS.fullmatch(str(group.get("name"))) for group in groups):
+    if len(groups) > 1 and not all(_is_default(group.get("name")) for group in groups):
         raise ValueError("groups of your own have an order that only your program knows; use --weights-only")
     numbers = [number for group in groups for number in group["params"]]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError("a parameter's number is none")
     if "fp32_groups_flat" in saved or len(numbers) != len(shapes):
         raise ValueError(f"it holds {len(numbers)} states for {len(shapes)} parameters")
     masters = [master for group in saved.get("fp32_groups", ()) for master in group]
@@ -114,6 +116,10 @@ def _states(
         steps.add(int(step.file.number(step) if isinstance(step, StoredTensor) else step))
         for kind in MOMENTS:
             yield kind, name, state[kind]
+
+
+def _is_default(name: Any) -> bool:
+    return isinstance(name, str) and _DEFAULT_GROUPS.fullmatch(name) is not None
 
 
 def _span(

@@ -68,11 +68,20 @@ class Shards:
 
 
 @dataclass(frozen=True)
+class _Flat:
+    """Where a flat tensor begins. (A `StoredTensor` would keep its file open, one for each rank.)"""
+
+    storage: str
+    dtype: str
+    offset: int
+
+
+@dataclass(frozen=True)
 class _Group:
     """A rank's partition of a group: where parameters begin in it, and its flat tensors by kind."""
 
     addresses: dict[str, tuple[int, int]]
-    flats: dict[str, StoredTensor]
+    flats: dict[str, _Flat]
     step: int
     declared_ep_size: int | None
 
@@ -110,8 +119,10 @@ def read_shards(
                     )
                     spans.setdefault((kind, name), []).append(span)
     steps = {group.step for groups in ranks for group in groups}
-    if len(steps) > 1:
-        raise CheckpointError(f"checkpoint {str(folder)!r}: ranks count different Adam steps {sorted(steps)}")
+    if len(steps) != 1:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r}: ranks count different Adam steps {sorted(steps)[:4]}, or none"
+        )
     return Shards(spans, steps.pop(), found)
 
 
@@ -141,10 +152,11 @@ def require_whole(shards: Shards, shapes: Mapping[str, tuple[int, ...]], folder:
 def _shard_files(folder: Path, world_size: int) -> list[Path]:
     present = {path.name for path in folder.iterdir()}
     for bf16 in (True, False):
-        names = [shard_file(rank, bf16=bf16) for rank in range(world_size)]
-        if found := present & set(names):
-            if missing := [name for name in names if name not in found]:
-                raise CheckpointError(f"checkpoint {str(folder)!r}: missing {missing[0]}")
+        # What the model file says of their number is not believed before they are there.
+        names = [shard_file(rank, bf16=bf16) for rank in range(min(world_size, len(present) + 1))]
+        if present & set(names):
+            if missing := next((name for name in names if name not in present), None):
+                raise CheckpointError(f"checkpoint {str(folder)!r}: missing {missing}")
             return [folder / name for name in names]
     if any("zero_pp_rank" in name for name in present):
         raise CheckpointError(
@@ -176,11 +188,15 @@ def _read_rank(path: Path) -> list[_Group]:
 
 
 def _read_group(mapping: Any, flat: StoredTensor, group: dict[str, Any], states: dict[Any, Any]) -> _Group:
-    state = states.get(group["params"][0], {})
+    number = group["params"][0]
+    if not isinstance(number, int):
+        raise ValueError("a parameter's number is none")
+    state = states.get(number, {})
     tensors = {"weight": flat} | {kind: state[kind] for kind in MOMENTS if kind in state}
     step = state.get("step", group.get("step", 0))
     step = int(step.file.number(step) if isinstance(step, StoredTensor) else step)
-    declared = re.fullmatch(r"ep_size_(\d{1,9})", str(group.get("name")))
+    name = group.get("name")
+    declared = re.fullmatch(r"ep_size_(\d{1,9})", name) if isinstance(name, str) else None
     addresses = {}
     for name, address in mapping.items():
         start, numel = int(address.state["start"]), int(address.state["numel"])
@@ -190,7 +206,8 @@ def _read_group(mapping: Any, flat: StoredTensor, group: dict[str, Any], states:
             if tensor.stride != (1,) or start + numel > tensor.shape[0]:
                 raise ValueError(f"{name} does not lie within its {kind}")
         addresses[str(name)] = (start, numel)
-    return _Group(addresses, tensors, step, int(declared[1]) if declared else None)
+    flats = {kind: _Flat(tensor.storage, tensor.dtype, tensor.offset) for kind, tensor in tensors.items()}
+    return _Group(addresses, flats, step, int(declared[1]) if declared else None)
 
 
 def _ep_size(ranks: list[list[_Group]], n_experts: Mapping[str, int], world_size: int) -> int:
@@ -201,14 +218,15 @@ def _ep_size(ranks: list[list[_Group]], n_experts: Mapping[str, int], world_size
             if parsed := parse_expert(name):
                 path, expert, _ = parsed
                 n_local[path] = max(n_local.get(path, 0), expert + 1)
-    declared = {group.declared_ep_size for groups in ranks for group in groups} - {None}
+    all_groups = [group for groups in ranks for group in groups]
+    declared = {group.declared_ep_size for group in all_groups if group.declared_ep_size is not None}
     sizes = {n_experts.get(path, 0) / local for path, local in n_local.items()} | declared
-    if len(sizes) > 1 or any(size < 1 or world_size % size for size in sizes if size is not None):
+    if len(sizes) > 1 or any(size < 1 or world_size % size for size in sizes):
         raise CheckpointError(
             f"ep_size: {world_size} shards have {n_local} local experts of {dict(n_experts)}, at group"
-            f" sizes {sorted(size for size in declared if size)}; shards are missing or of another checkpoint"
+            f" sizes {sorted(declared)}; shards are missing or of another checkpoint"
         )
-    return int(sizes.pop() or 1) if sizes else 1
+    return int(sizes.pop()) if sizes else 1
 
 
 def _globalise(name: str, ep_rank: int, ep_size: int, n_experts: Mapping[str, int]) -> str:

@@ -130,9 +130,19 @@ def _add(parts: Iterable[Counter[Symbol]]) -> Counter[Symbol]:
 
 
 def _learn_subwords(text: RawText, vocab_size: int) -> SentencePieceTokenizer:
-    stride = -(-text.n_bytes("train") // SENTENCEPIECE_TRAINING_BYTES)
-    lines = text.lines("train", "learn subwords of")
-    return SentencePieceTokenizer.train((line for i, line in enumerate(lines) if i % stride == 0), vocab_size)
+    share = min(1.0, SENTENCEPIECE_TRAINING_BYTES / max(1, text.n_bytes("train")))
+    lines = _evenly(text.lines("train", "learn subwords of"), share)
+    return SentencePieceTokenizer.train(lines, vocab_size)
+
+
+def _evenly(lines: Iterable[str], share: float) -> Iterator[str]:
+    """About `share` of the text in whole lines, spread evenly by length: many lines may be blank."""
+    seen = taken = 0
+    for line in lines:
+        seen += len(line)
+        if taken < share * seen:
+            taken += len(line)
+            yield line
 
 
 def encode(text: RawText, split: str, tokenizer: Tokenizer) -> Iterator[Ids]:

@@ -156,7 +156,7 @@ def _read_split(folder: Path, stem: str, form: _Form) -> list[Example]:
             return list(reader(str(path), _read(path)))
     if (folder / stem).is_dir():
         return [
-            Example(_clean(_read(path)), label, str(path))
+            _example(_read(path), label, str(path))
             for label in form.labels
             for path in sorted((folder / stem / label).glob("*.txt"))
         ]

@@ -99,7 +99,8 @@ def new_folder(folder: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
         DataError: `folder` exists with something in it, cannot be written, or is not seen by all ranks.
     """
     main_pid = ranks.combine(os.getpid(), lambda pids: pids[0])
-    staging = folder.with_name(f".{folder.name}.partial-{main_pid}")
+    place = folder.resolve()  # "." has no name
+    staging = place.with_name(f".{place.name}.partial-{main_pid}")
     try:
         ranks.combine(None, lambda _: _make(staging, folder))
         # Rank 0 may take the folder away only when nobody writes there any more.
@@ -110,7 +111,7 @@ def new_folder(folder: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
                     " nodes share"
                 )
             yield staging
-        ranks.combine(None, lambda _: _publish(staging, folder))
+        ranks.combine(None, lambda _: _publish(staging, place))
     except OSError as error:
         raise DataError(f"output {str(folder)!r}: cannot be written ({error.strerror})") from None
     finally:
@@ -184,7 +185,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"data.path = {str(folder)!r}: has no readable {MANIFEST} ({error.strerror});"
             " make the folder with tools/prepare_data.py"
         ) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"is no manifest of {FORMAT!r}, {error!r}") from None
 
 
@@ -201,7 +202,14 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
         raise _damaged(path, str(error.strerror)) from None
     if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
         raise _damaged(path, "its hash is not that of the manifest")
-    return Tokenizer.from_dict(json.loads(content))
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)[:80]) from None
+    tokenizer = Tokenizer.from_dict(values)
+    if (tokenizer.kind, tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
+        raise _damaged(path, f"{tokenizer.vocab_size} {tokenizer.kind}, not what the manifest says")
+    return tokenizer
 
 
 def map_tokens(folder: Path, manifest: Manifest) -> dict[str, Ids]:
@@ -220,6 +228,8 @@ def map_tokens(folder: Path, manifest: Manifest) -> dict[str, Ids]:
             raise _damaged(path, str(error.strerror)) from None
         if not n_bytes == expected.n_bytes == expected.n_tokens * dtype.itemsize:
             raise _damaged(path, f"{n_bytes:,} bytes instead of {expected.n_bytes:,}")
+        if not expected.n_tokens:
+            raise _damaged(path, "it holds no token")
         tokens[split] = np.memmap(path, dtype, mode="r", shape=(expected.n_tokens,))
     return tokens
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +44,7 @@ class Source:
                 while left and (block := stream.read(min(left, block_bytes))):
                     left -= len(block)
                     yield block
-        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, EOFError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{self.name}: cannot be read, get a fresh copy ({error})") from None
         if left:
             raise DataError(f"{self.name}: ends {left:,} bytes early, get a fresh copy")

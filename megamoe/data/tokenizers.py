@@ -79,9 +79,9 @@ class Tokenizer(ABC):
         Raises:
             DataError: the description is of no known kind, or incomplete.
         """
-        values = dict(values)
+        values = dict(values) if isinstance(values, Mapping) else {}
         kind = values.pop("kind", None)
-        if kind not in TOKENIZERS:
+        if not isinstance(kind, str) or kind not in TOKENIZERS:
             raise DataError(f"tokenizer kind = {kind!r}: unknown, choose from {', '.join(TOKENIZERS)}")
         try:
             return TOKENIZERS[kind]._from_values(values)

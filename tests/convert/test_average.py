@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.convert.neutral import open_neutral
+from megamoe.parallel.placement import saved_buffers
 from tests.checkpoint.small import model_of, write_model, write_small
 from tests.convert.tool import convert, run_tool
 
@@ -35,7 +37,12 @@ def test_mean_of_weights(tmp_path: Path) -> None:
 
 
 def test_moments_and_memory_are_left_out(tmp_path: Path) -> None:
-    write_small(tmp_path / "a", step=5)
+    config, model = model_of()
+    tensors = {("buffer", name): buffer for name, buffer in saved_buffers(model).items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {(kind, name): parameter.detach() for kind in ("weight", *MOMENTS)}
+    tensors["memory", "layers.0"] = torch.zeros(2, 3, 16)
+    write_small(tmp_path / "a", tensors, config=config, step=5)
     convert("average", tmp_path / "a", tmp_path / "a", tmp_path / "out")
     assert {tensor.kind for tensor in open_neutral(tmp_path / "out")[0]} == {"weight", "buffer"}
 
@@ -45,7 +52,7 @@ def test_moments_and_memory_are_left_out(tmp_path: Path) -> None:
     [
         ({"model": {"d_model": 18}}, "model.d_model = 16: checkpoint"),
         ({"moe": {"router": {"hyper_size": 9}}}, "layers.1.moe.router.hypernet_b_in: float32 [9] in"),
-        ({"training": {"seed": 5}}, "hypernet_w_in: differs"),
+        ({"training": {"seed": 5}}, "training.seed: 5 in"),
     ],
 )
 def test_refuses_another_model_by_name(
@@ -57,6 +64,13 @@ def test_refuses_another_model_by_name(
     error = capsys.readouterr().err
     assert message in error and str(tmp_path / "b") in error
     assert not (tmp_path / "out").exists()
+
+
+def test_refuses_another_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, kind in (("a", "bytes"), ("b", "words")):
+        write_model(tmp_path / name, *model_of(), tokenizer={"kind": kind})
+    assert run_tool("average", tmp_path / "a", tmp_path / "b", tmp_path / "out") == 2
+    assert "tokenizer: differs in" in capsys.readouterr().err
 
 
 def test_one_checkpoint_is_no_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamoe.checkpoint.format import MOMENTS
 from megamoe.checkpoint.load import load_model, load_tokenizer
 from megamoe.convert.from_reference import open_published
 from megamoe.convert.model_tensors import require_tensors_of
 from megamoe.convert.native_reader import read_model
 from megamoe.convert.native_tensors import neutral_tensors, read_config, read_optimizer, read_state
+from megamoe.convert.to_deepspeed import NativeWriter
 from megamoe.errors import CheckpointError
 from megamoe.parallel.placement import saved_buffers
 from tests.checkpoint import hostile as folders
@@ -128,3 +130,36 @@ def test_exports_without_hashes_are_read_within_bounds(forms: dict[str, Path], t
     mutations = (folders.truncate, folders.flip_bits, folders.append, folders.replace_by_other_thing)
     (tmp_path / "cases").mkdir()
     fuzz(bare, mutations, range(100), check(exported, None), tmp_path / "cases")
+
+
+@pytest.mark.parametrize(
+    ("lie", "problem"),
+    [
+        ({"dp_world_size": 10**9}, "missing zero_pp_rank_2_mp_rank_00_optim_states.pt"),
+        ({"num_experts": [1 << 40] * 500}, "missing layer_0_expert_4_mp_rank_00_model_states.pt"),
+        ({"num_experts": [2]}, "layer_0_expert_2_mp_rank_00_model_states.pt, .* belong to no expert"),
+        ({"buffer_names": [1]}, "not laid out as DeepSpeed's"),
+        ({"dp_world_size": [1]}, "dp_world_size: not a number of ranks"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_numbers_that_lie_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: dict[str, object], problem: str
+) -> None:
+    config, model = model_of()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {(kind, name): weights[name].abs() for kind in ("weight", *MOMENTS) for name in weights}
+    tensors |= {("buffer", name): buffer for name, buffer in saved_buffers(model).items()}
+    write_small(tmp_path / "neutral", tensors, config=config)
+    honest = NativeWriter._model_file
+    monkeypatch.setattr(NativeWriter, "_model_file", lambda writer: honest(writer) | lie)
+    convert("to-deepspeed", tmp_path / "neutral", tmp_path / "native", "--world-size", "2")
+    with pytest.raises(CheckpointError, match=problem):
+        native(tmp_path / "native")
+
+
+def test_a_long_latest_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "latest").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="is not the name of a folder"):
+        read_model(tmp_path)

@@ -206,6 +206,46 @@ def test_types_and_shapes_are_told_apart():
     assert (dtype.what, dtype.detail) == ("type", "float32 and bfloat16")
 
 
+def test_the_bits_count():
+    def found(a, b):
+        pair = ([lazy("weight", "w", torch.tensor(values))] for values in (a, b))
+        return list(differences(*pair))
+
+    nan = float("nan")
+    assert found([nan, 1.0], [nan, 1.0]) == []
+    assert [d.what for d in found([0.0], [-0.0])] == ["values"]
+    (difference,) = found([2**53], [2**53 + 1])
+    assert difference.largest == 1
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(neutral, tmp_path, capsys):
+    folder = changed(neutral, tmp_path / "nan", overwrite(W_IN, float("nan")))
+    assert inspect_checkpoint.main([str(folder), "--norms", "--json"]) == 0
+    text = capsys.readouterr().out
+    assert "NaN" not in text
+    norms = [row["norm"] for row in json.loads(text)["rows"] if row["shape"]]
+    assert norms.count(None) == 1 and len(norms) > 10
+
+
+@pytest.mark.parametrize("options", [["--norms"], ["--depth", "1"], ["--verify"]])
+def test_options_without_effect_are_refused(neutral, options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        inspect_checkpoint.main(["--diff", str(neutral), str(neutral), *options])
+    assert exit_.value.code == 2
+    assert f"argument {options[0]}: not with --diff" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x" * 600, "a\nb", "a\x1b[2J", ".".join("a" * 50), ""])
+def test_names_that_are_none_are_refused(name):
+    with pytest.raises(CheckpointError, match="is no name of a tensor"):
+        lazy("weight", name, torch.zeros(1))
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_error(capsys):
+    assert inspect_checkpoint.main(["x" * 300]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_what_is_no_checkpoint_is_one_error(tmp_path):
     (tmp_path / "file").write_bytes(b"PK\x03\x04 nothing")
     for path in (tmp_path, tmp_path / "file", tmp_path / "missing"):

@@ -28,7 +28,7 @@ class Source:
     def tensors(self) -> list[LazyTensor]:
         return [
             LazyTensor(kind, name, shape, "float32", self.loader(shape))
-            for name, (kind, shape, _) in model_tensors(CONFIG).items()
+            for name, (kind, shape, _) in model_tensors(CONFIG, 10**6).items()
         ]
 
     def loader(self, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:

@@ -125,3 +125,32 @@ def test_repeating_a_large_state_takes_no_memory() -> None:
     records = load(data.replace(state + b"0(", b"(" + state, 1))
     assert len({id(record.state) for record in records[1:]}) == 1
     assert time.monotonic() - started < 30
+
+
+def nested(depth: int, kind: Any) -> Any:
+    value = kind((1,))
+    for _ in range(depth):
+        value = kind((value, value))
+    return value
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_data_that_expands_without_end_is_refused_at_once(kind: Any) -> None:
+    """Forty levels take 300 bytes, and years to print or to hash."""
+    begin = time.perf_counter()
+    with pytest.raises(CheckpointError, match="expands to more values"):
+        load(pickle.dumps({"a": nested(40, kind)}, 2))
+    with pytest.raises(CheckpointError, match="expands to more values"):
+        load(pickle.dumps(Harmless(nested(40, kind)), 2))
+    assert time.perf_counter() - begin < 5
+    assert load(pickle.dumps(nested(5, kind), 2)) == nested(5, kind)
+
+
+def test_data_that_holds_itself_is_refused_unless_a_record_does() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(CheckpointError, match="expands to more values"):
+        load(pickle.dumps(loop, 2))
+    child = Harmless(None)
+    child.value = [child]
+    assert load(pickle.dumps(child, 2)).state["value"]

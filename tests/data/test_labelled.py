@@ -62,6 +62,13 @@ def test_imdb_folders(tmp_path: Path) -> None:
     assert len(text.splits["train"]) + len(text.splits["valid"]) == 40
 
 
+def test_an_empty_imdb_review_is_refused(tmp_path: Path) -> None:
+    files = {f"train/{label}/{i}_7.txt": f"review {label} {i}" for label in ("pos", "neg") for i in range(20)}
+    files |= {"test/pos/0_9.txt": "<br /> "}
+    with pytest.raises(DataError, match=r"0_9.txt: the sentence is empty"):
+        load_labelled(TaskConfig(name="imdb", path=write(tmp_path, files), valid_fraction=0.3))
+
+
 def test_banking77_takes_its_classes_from_the_training_file(tmp_path: Path) -> None:
     train = 'text,category\n"Where, please,\nis my card?",card_arrival\nWhy was I charged?,fee\n'
     files = {"train.csv": train + "".join(f"question {i},fee\n" for i in range(20)), "test.csv": train}

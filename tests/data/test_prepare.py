@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from megamoe.config.schema import DataConfig
-from megamoe.data import load_corpus
+from megamoe.data import encoding, load_corpus
 from megamoe.data.corpus import corpus_in_memory
 from megamoe.data.datasets import open_dataset, open_text
 from megamoe.data.encoding import RawText
 from megamoe.data.prepare import prepare
 from megamoe.data.prepared import verify
+from megamoe.data.sources import bytes_source
+from megamoe.data.tokenizers import SentencePieceTokenizer
 from megamoe.errors import DataError
 from tests.data import goldens
 from tests.data.test_datasets import RAW, SMALL_ENWIK8, SMALL_WIKITEXT, wikitext_files, write_zip
@@ -137,3 +139,22 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="valid: holds no tokens; give it more text"):
         prepare(raw, tmp_path / "out", "words")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("blank_first", [True, False])
+def test_subwords_are_learned_from_an_even_share_of_the_text(
+    blank_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every other line is blank, every second line would be all of the text or none of it."""
+    lines = ["", "x" * 99] if blank_first else ["x" * 99, ""]
+    text = RawText("text", "t", {"train": (bytes_source("t", ("\n".join(lines * 1000)).encode()),)})
+    monkeypatch.setattr(encoding, "SENTENCEPIECE_TRAINING_BYTES", text.n_bytes("train") // 4)
+    taken: list[str] = []
+    monkeypatch.setattr(SentencePieceTokenizer, "train", lambda lines, vocab_size: taken.extend(lines))
+    encoding._learn_subwords(text, 10)
+    assert sum(map(len, taken)) == pytest.approx(text.n_bytes("train") / 4, rel=0.02)
+
+
+def test_a_small_text_is_learned_whole() -> None:
+    lines = ["a", "bb", "ccc"] * 5
+    assert list(encoding._evenly(lines, 1.0)) == lines

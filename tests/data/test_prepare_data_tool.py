@@ -37,12 +37,36 @@ def test_a_text_becomes_a_folder_that_loads_and_verifies(tmp_path: Path) -> None
         (["enwik8"], "error: enwik8: no file was given; download http://mattmahoney.net/dc/enwik8.zip\n"),
         (["enwik8", "nowhere"], "error: 'nowhere': cannot be read (No such file or directory)\n"),
         (["wikitext2", "--sample", "x.zip"], "error: --sample: reads the bundled text, so leave out x.zip\n"),
+        (
+            ["wikitext2", "--sample", "--vocab-size", "9"],
+            "error: --vocab-size = 9: is for --tokenizer sentencepiece; leave it out\n",
+        ),
+        (
+            ["wikitext2", "--sample", "--tokenizer", "sentencepiece", "--vocab-size", "1000000000000"],
+            "error: --vocab-size = 1000000000000: give 1 to 1,000,000\n",
+        ),
+        (
+            ["text", "a", "--valid", "b", "--test", "c", "--splits", "0.8,0.1,0.1"],
+            "error: --splits: has nothing to divide where --valid or --test name files; leave it out\n",
+        ),
+        (["text", "x" * 300], f"error: {'x' * 300!r}: cannot be read (File name too long)\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
     result = run(*arguments, "--output", tmp_path / "out")
     assert (result.returncode, result.stderr) == (2, message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_present_folder_may_be_the_output(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("line\n" * 1000)
+    (tmp_path / "here").mkdir()
+    result = subprocess.run(
+        [sys.executable, TOOL, "text", "../book.txt", "--output", "."],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path / "here",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "here" / "manifest.json").is_file()
 
 
 def test_the_tool_does_without_torch() -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,12 @@ def edit_manifest(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def replace_tokenizer(folder: Path, content: str) -> None:
+    """With its hash in the manifest."""
+    (folder / "tokenizer.json").write_text(content)
+    edit_manifest(folder, tokenizer_sha256=hashlib.sha256(content.encode()).hexdigest())
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -48,6 +55,13 @@ def flip_a_byte(path: Path) -> None:
         (lambda folder: edit_manifest(folder, splits={}), "manifest.json.*is damaged.*train"),
         (lambda folder: edit_manifest(folder, vocab_size=257), "manifest.json.*dtype 'uint8' is not that"),
         (lambda folder: edit_manifest(folder, dtype="object"), "manifest.json.*dtype 'object' is not that"),
+        (lambda folder: replace_tokenizer(folder, "[" * 10**5), "tokenizer.json.*is damaged"),
+        (lambda folder: replace_tokenizer(folder, "[]"), "tokenizer kind = None: unknown"),
+        (lambda folder: replace_tokenizer(folder, '{"kind": []}'), r"tokenizer kind = \[\]: unknown"),
+        (
+            lambda folder: replace_tokenizer(folder, json.dumps({"kind": "words", "words": ["<eos>", "a"]})),
+            "tokenizer.json.*words, not what the manifest says",
+        ),
     ],
 )  # fmt: skip
 def test_damage_is_noticed_on_loading(folder: Path, damage: Callable[[Path], object], message: str) -> None:
