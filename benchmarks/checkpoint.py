@@ -12,13 +12,12 @@ extra   peak of resident memory above what the process held before, or such a st
 
 Of several ranks the slowest, and the one that needs most, count.
 
-    python benchmarks/checkpoint.py --output benchmarks/results/2026-11-26-checkpoint-1-rank
-    torchrun --nproc-per-node 2 benchmarks/checkpoint.py
-    torchrun --nproc-per-node 2 benchmarks/checkpoint.py --experts 8 --layers 5
+    python -m benchmarks.checkpoint --output benchmarks/results/2026-11-26-checkpoint-1-rank
+    torchrun --nproc-per-node 2 -m benchmarks.checkpoint
+    torchrun --nproc-per-node 2 -m benchmarks.checkpoint --experts 8 --layers 5
 """
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -36,6 +35,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import add_output, keep
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.restore import restore_checkpoint
 from megamoe.checkpoint.state import TrainingState
@@ -319,7 +319,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    parser.add_argument("--output", type=Path, help="name of the .json and .md files to write")
+    add_output(parser)
     parser.add_argument(
         "--experts", type=int, default=0, help="experts of each layer, spread over all ranks (default: none)"
     )
@@ -327,10 +327,11 @@ def main() -> int:
     world = start(read_launch())
     folder = world.gather_objects(tempfile.mkdtemp(dir=args.folder) if world.is_main else "")[0]
     try:
-        launcher = f"torchrun --nproc-per-node {world.world_size}" if world.world_size > 1 else "python"
+        several = ["torchrun", "--nproc-per-node", str(world.world_size)]
+        launcher = several if world.world_size > 1 else ["python"]
         bench = Bench(world, args.layers, args.experts, args.tokens, Path(folder))
         result = {
-            "command": f"{launcher} {shlex.join(sys.argv)}",
+            "command": shlex.join([*launcher, "-m", "benchmarks.checkpoint", *sys.argv[1:]]),
             "date": date.today().isoformat(),
             "machine": f"{os.cpu_count()} shared CPU cores ({platform.machine()}), torch {torch.__version__},"
             f" load average {os.getloadavg()[0]:.1f} at the start",
@@ -345,9 +346,7 @@ def main() -> int:
     if not world.is_main:
         return 0
     print(report(result))
-    if args.output:
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(report(result), encoding="utf-8")
+    keep(result, report(result), args.output)
     return 0
 
 

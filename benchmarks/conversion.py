@@ -7,11 +7,10 @@ needs more is divided by the weights of the largest layer, of the input or of th
 resident   peak of resident memory, file pages included
 own        peak of the part of it that no file stands behind
 
-    python benchmarks/conversion.py --output benchmarks/results/2026-11-26-conversion
+    python -m benchmarks.conversion --output benchmarks/results/2026-11-26-conversion
 """
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -24,6 +23,8 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import add_output, keep
 
 REPOSITORY = Path(__file__).parents[1]
 TOOL = REPOSITORY / "tools" / "convert_checkpoint.py"
@@ -178,18 +179,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    add_output(parser)
     args = parser.parse_args(arguments)
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     result = {
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": shlex.join(["python", "-m", "benchmarks.conversion", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} shared CPU cores ({platform.machine()})",
     } | compare()
     print(report(result))
-    if args.output:
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(report(result), encoding="utf-8")
+    keep(result, report(result), args.output)
     return 0
 
 

@@ -4,12 +4,11 @@ First alone, at every shape that the model drops at; then in whole training step
 backward pass, Adam) without dropout, with torch's in all places, and with ours. Ways take turns, round by
 round, and medians count; of CPU time on a CPU, so that other jobs of the machine count little.
 
-    OMP_NUM_THREADS=1 python benchmarks/dropout.py --output benchmarks/results/2026-11-26-dropout
-    python benchmarks/dropout.py --device cuda --dtype bfloat16 --batch_size 22
+    OMP_NUM_THREADS=1 python -m benchmarks.dropout --output benchmarks/results/2026-11-26-dropout
+    python -m benchmarks.dropout --device cuda --dtype bfloat16 --batch_size 22
 """
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -20,13 +19,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.nn.functional import dropout
 
+from benchmarks.record import add_output, keep
 from megamoe.config import RunConfig, load_config
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe.dropout import Dropout
@@ -191,7 +190,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=2, help="streams of a batch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="name of the .json and .md files to write")
+    add_output(parser)
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     runs = {name: load_config(preset=name) for name in PRESETS}
@@ -199,7 +198,7 @@ def main() -> int:
     p = first.model.dropout
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} shared CPU cores"
     result: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.dropout", *sys.argv[1:]]),
         "clock": "wall time" if device.type == "cuda" else "CPU time",
         "date": date.today().isoformat(),
         "machine": f"{where} ({platform.machine()}), torch {torch.__version__} on"
@@ -214,9 +213,7 @@ def main() -> int:
         name: in_steps(run, args.batch_size, args.rounds, device, dtype) for name, run in runs.items()
     }
     print(report(result))
-    if args.output:
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(report(result), encoding="utf-8")
+    keep(result, report(result), args.output)
     return 0
 
 

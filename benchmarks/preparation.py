@@ -4,12 +4,11 @@ The text is the training split of WikiText-2, bundled with megamoe, end to end u
 long. Wall time counts, so other work on the machine blurs it: the report tells the load average, and the
 range of the rounds beside the median. Every folder is compared with that of one process.
 
-    python benchmarks/preparation.py --output benchmarks/results/2026-11-26-preparation
+    python -m benchmarks.preparation --output benchmarks/results/2026-11-26-preparation
 """
 
 import argparse
 import filecmp
-import json
 import os
 import platform
 import shlex
@@ -23,6 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import add_output, keep
 from megamoe.data.samples import bundled_text
 
 TOOL = Path(__file__).parents[1] / "tools" / "prepare_data.py"
@@ -113,20 +113,18 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=50, help="length of the text (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="processes of mpirun (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    add_output(parser)
     args = parser.parse_args()
     load = os.getloadavg()[0]
     result = compare(args.megabytes, args.ranks, args.rounds)
     result |= {
         "load": [load, os.getloadavg()[0]],
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.preparation", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
     }
     print(report(result))
-    if args.output:
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(report(result))
+    keep(result, report(result), args.output)
     return 0
 
 

@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import add_output, keep
 from megamoe.checkpoint.folder import temporary
 from megamoe.checkpoint.format import step_folder, step_folders
 from megamoe.checkpoint.reader import CheckpointReader, find_latest
@@ -395,7 +396,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of ranks and moments (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
-    parser.add_argument("--output", type=Path, help="name of the .json and .md files to write")
+    add_output(parser)
     args = parser.parse_args()
     facts = {
         "command": shlex.join(["python", "-m", "benchmarks.soak", *sys.argv[1:]]),
@@ -412,9 +413,7 @@ def main() -> int:
         result = facts | soak(Path(folder), args.seed, args.kills, say)
     if args.json:
         print(json.dumps(result, indent=2))
-    if args.output:
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(report(result), encoding="utf-8")
+    keep(result, report(result), args.output)
     return int(bool(result["problems"]))
 
 

@@ -56,7 +56,7 @@ def read_state(model: NativeModel) -> TrainingState:
     counters = [model.main.get(name) or 0 for name in ("global_steps", "global_samples", "skipped_steps")]
     if not all(type(value) is int and value >= 0 for value in counters):
         raise CheckpointError(
-            f"checkpoint {str(model.folder)!r}: its counters of steps and samples are not numbers"
+            f"checkpoint {str(model.folder)!r}: its counters {counters!r:.80} are not numbers"
         )
     steps, samples, skipped = counters
     engine = EngineCounters(global_steps=steps, global_samples=samples, skipped_steps=skipped)
@@ -71,7 +71,9 @@ def world_size_of(model: NativeModel) -> int:
     """
     world_size = model.main.get("dp_world_size")
     if type(world_size) is not int or world_size < 1:
-        raise CheckpointError(f"checkpoint {str(model.folder)!r}: dp_world_size: not a number of ranks")
+        raise CheckpointError(
+            f"checkpoint {str(model.folder)!r}: dp_world_size = {world_size!r:.40}: not a number"
+        )
     return world_size
 
 
