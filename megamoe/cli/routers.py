@@ -36,7 +36,7 @@ def _list() -> None:
         table.add_column(title)
     for name in available():
         policy = router_class(name)
-        table.add_row(name, policy.summary, "yes" if policy.causal else "no", policy.paper)
+        table.add_row(name, policy.summary, policy.causal, policy.paper)
     Console().print(table)
 
 

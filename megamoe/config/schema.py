@@ -28,14 +28,28 @@ def _require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{name} = {value!r}: {remedy}")
 
 
-def _require_positive(section: str, owner: object, *names: str) -> None:
+def require_positive(section: str, owner: object, *names: str) -> None:
+    """Refuse fields `names` of `owner` that are not above 0; "auto" passes.
+
+    Raises:
+        ConfigError: which, as ``section.name``, and its value.
+    """
     for name in names:
         value = getattr(owner, name)
         if value != "auto":
             _require(value > 0, f"{section}.{name}", value, "give a number above 0")
 
 
-def _require_fraction(section: str, owner: object, *names: str) -> None:
+def require_not_negative(section: str, owner: object, *names: str) -> None:
+    """Refuse fields that are below 0; as `require_positive`."""
+    for name in names:
+        value = getattr(owner, name)
+        if value != "auto":
+            _require(value >= 0, f"{section}.{name}", value, "give 0 or more")
+
+
+def require_fraction(section: str, owner: object, *names: str) -> None:
+    """Refuse fields that are no probability in [0, 1); as `require_positive`."""
     for name in names:
         value = getattr(owner, name)
         _require(0 <= value < 1, f"{section}.{name}", value, "give a probability in [0, 1)")
@@ -84,15 +98,13 @@ class ModelConfig:
     projection_init_std: float = option(0.01, "the same for the adaptive projections")
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "model", self, "n_layers", "d_model", "n_heads", "d_head", "d_inner", "segment_len",
             "div_val", "init_std", "projection_init_std",
         )  # fmt: skip
         _require(self.n_layers <= 10_000, "model.n_layers", self.n_layers, "stay at or below 10000")
-        _require_fraction("model", self, "dropout", "attention_dropout")
-        for name in ("vocab_size", "memory_len", "clamp_len", "d_embed"):
-            value = getattr(self, name)
-            _require(value >= 0, f"model.{name}", value, "give 0 or more")
+        require_fraction("model", self, "dropout", "attention_dropout")
+        require_not_negative("model", self, "vocab_size", "memory_len", "clamp_len", "d_embed")
         _require(self.d_model % 2 == 0, "model.d_model", self.d_model,
                  "give an even width; positions are sine and cosine pairs")  # fmt: skip
         rising = all(a < b for a, b in zip((0, *self.cutoffs), self.cutoffs, strict=False))
@@ -130,8 +142,8 @@ class TopKScheduleConfig:
     steps: int = option(0, "steps over which k moves; 0 means training.max_steps")
 
     def __post_init__(self) -> None:
-        _require_positive("moe.schedule", self, "min_k", "max_k")
-        _require(self.steps >= 0, "moe.schedule.steps", self.steps, "give 0 or more")
+        require_positive("moe.schedule", self, "min_k", "max_k")
+        require_not_negative("moe.schedule", self, "steps")
         _require(self.min_k <= self.max_k, "moe.schedule.min_k", self.min_k,
                  f"stay at or below moe.schedule.max_k = {self.max_k}")  # fmt: skip
 
@@ -145,13 +157,17 @@ class MoEConfig:
     d_expert: int = option(512, "hidden width F of one expert")
     top_k: int = option(2, "experts per token where no schedule is in force; the default at evaluation")
     ep_size: int | Auto = option("auto", "ranks that share one set of experts; auto: as many as divide")
-    balance_loss: float = option(0.0, "weight of the load-balance loss, E * sum_e f_e P_e, 1 at balance")
+    balance_loss: float | Auto = option(
+        "auto",
+        "weight of the load-balance loss, E * sum_e f_e P_e, 1 at balance; auto: what the policy was"
+        " published with",
+    )
     z_loss: float = option(0.0, "weight of the router z-loss, mean of logsumexp(logits)^2")
     router: RouterConfig = field(default_factory=RouterConfig)
     schedule: TopKScheduleConfig = field(default_factory=TopKScheduleConfig)
 
     def __post_init__(self) -> None:
-        _require_positive("moe", self, "n_experts", "d_expert", "top_k", "ep_size")
+        require_positive("moe", self, "n_experts", "d_expert", "top_k", "ep_size")
         _require(self.top_k <= self.n_experts, "moe.top_k", self.top_k,
                  f"stay at or below moe.n_experts = {self.n_experts}")  # fmt: skip
         if self.schedule.mode != "constant":
@@ -160,8 +176,7 @@ class MoEConfig:
         if self.ep_size != "auto":
             _require(self.n_experts % self.ep_size == 0, "moe.ep_size", self.ep_size,
                      f"give a divisor of moe.n_experts = {self.n_experts}")  # fmt: skip
-        for name in ("balance_loss", "z_loss"):
-            _require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "give 0 or more")
+        require_not_negative("moe", self, "balance_loss", "z_loss")
 
     def layer_indices(self, n_layers: int) -> tuple[int, ...]:
         """The 0-based layers that hold experts, rising.
@@ -200,14 +215,12 @@ class OptimizerConfig:
     patience: int = option(0, "plateau: evaluations without improvement before the rate falls")
 
     def __post_init__(self) -> None:
-        _require_positive("optimizer", self, "lr", "eps")
+        require_positive("optimizer", self, "lr", "eps")
         _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas,
                  "give two numbers in [0, 1)")  # fmt: skip
         _require(0 < self.decay_rate < 1, "optimizer.decay_rate", self.decay_rate,
                  "give a number between 0 and 1")  # fmt: skip
-        for name in ("weight_decay", "warmup_steps", "min_lr", "patience"):
-            value = getattr(self, name)
-            _require(value >= 0, f"optimizer.{name}", value, "give 0 or more")
+        require_not_negative("optimizer", self, "weight_decay", "warmup_steps", "min_lr", "patience")
         _require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr,
                  f"stay at or below optimizer.lr = {self.lr:g}")  # fmt: skip
 
@@ -239,12 +252,8 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "training", self, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps"
-        )
-        for name in ("seed", "grad_clip", "spike_factor", "hang_timeout"):
-            value = getattr(self, name)
-            _require(value >= 0, f"training.{name}", value, "give 0 or more")
+        require_positive("training", self, "max_steps", "batch_size", "micro_batch_size", "max_skipped_steps")
+        require_not_negative("training", self, "seed", "grad_clip", "spike_factor", "hang_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +267,14 @@ class EvaluationConfig:
     same_length: bool = option(False, "let every token attend to equally many positions")
     clamp_len: int = option(0, "largest relative distance told apart; 0 tells all apart")
     top_ks: tuple[int, ...] = option((1, 2, 4, 8, 16, 32, 64), "k to score at; those above E are left out")
+    allow_noncausal: bool = option(
+        False, "also score a policy whose choices depend on later tokens; its figures are no language model's"
+    )
     max_tokens: int = option(0, "score at most this many tokens per split while training; 0: all")
 
     def __post_init__(self) -> None:
-        _require_positive("evaluation", self, "batch_size", "segment_len")
-        for name in ("every", "clamp_len", "max_tokens"):
-            value = getattr(self, name)
-            _require(value >= 0, f"evaluation.{name}", value, "give 0 or more")
-        _require(self.memory_len == "auto" or self.memory_len >= 0, "evaluation.memory_len",
-                 self.memory_len, "give auto, 0 or more")  # fmt: skip
+        require_positive("evaluation", self, "batch_size", "segment_len")
+        require_not_negative("evaluation", self, "every", "clamp_len", "max_tokens", "memory_len")
         _require(all(k > 0 for k in self.top_ks), "evaluation.top_ks", self.top_ks, "give k above 0")
 
 
@@ -283,10 +291,8 @@ class CheckpointConfig:
     resume: str = option("auto", "auto: the newest in the run folder; never; or a checkpoint folder")
 
     def __post_init__(self) -> None:
-        _require_positive("checkpoint", self, "keep_last")
-        for name in ("every", "keep_every"):
-            value = getattr(self, name)
-            _require(value >= 0, f"checkpoint.{name}", value, "give 0 or more")
+        require_positive("checkpoint", self, "keep_last")
+        require_not_negative("checkpoint", self, "every", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +305,7 @@ class LoggingConfig:
     wandb_project: str = option("megamoe", "project there")
 
     def __post_init__(self) -> None:
-        _require_positive("logging", self, "every")
+        require_positive("logging", self, "every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,10 +337,10 @@ class TaskConfig:
     )
 
     def __post_init__(self) -> None:
-        _require_positive("task", self, "bucket")
+        require_positive("task", self, "bucket")
         _require(0 < self.valid_fraction < 1, "task.valid_fraction", self.valid_fraction,
                  "give a number between 0 and 1")  # fmt: skip
-        _require_fraction("task", self, "max_overlap")
+        require_fraction("task", self, "max_overlap")
         _require(len(set(self.labels)) == len(self.labels) != 1, "task.labels", self.labels,
                  "name two or more different classes, or none")  # fmt: skip
 

@@ -13,7 +13,7 @@ from megamoe.convert.exported import PRECISIONS, as_type, parse_size, write_expo
 from megamoe.convert.neutral import open_neutral
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
-from megamoe.moe.routers import build_router
+from megamoe.moe.routers import build_routers
 from megamoe.moe.routers.hyper import HyperRouter
 
 SUMMARY = (
@@ -90,8 +90,5 @@ def _generate(config: RunConfig, layer: int, sources: Mapping[str, LazyTensor], 
 
 
 def _empty_router(config: RunConfig, layer: int) -> Any:
-    model, moe = config.model, config.moe
     with torch.device("meta"):
-        return build_router(
-            moe.router, model.d_model, moe.n_experts, layer, config.training.seed, model.init_std
-        )
+        return build_routers(config.model, config.moe, config.training.seed)[layer]

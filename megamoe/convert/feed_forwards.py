@@ -16,7 +16,7 @@ from megamoe.checkpoint.state import TrainingState
 from megamoe.config.schema import RouterConfig, RunConfig, TopKScheduleConfig
 from megamoe.convert.tensors import LazyTensor
 from megamoe.errors import CheckpointError
-from megamoe.moe.routers import build_router
+from megamoe.moe.routers import build_routers
 from megamoe.moe.routing import Router
 
 SOFTMAX_ROUTERS = ("hyper", "smoe", "smoe_dropout")
@@ -99,9 +99,8 @@ def router_tensors(config: RunConfig, layer: int, rows_each: int = 1) -> Iterato
     """
 
     def build() -> Router:
-        model, moe = config.model, config.moe
-        n_rows = moe.n_experts // rows_each
-        return build_router(moe.router, model.d_model, n_rows, layer, config.training.seed, model.init_std)
+        n_rows = config.moe.n_experts // rows_each
+        return build_routers(config.model, config.moe, config.training.seed, n_rows)[layer]
 
     def values(name: str) -> torch.Tensor:
         return build().state_dict()[name].repeat_interleave(rows_each, dim=0)

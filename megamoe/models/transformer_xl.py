@@ -25,7 +25,8 @@ from megamoe.models.initialization import initialize
 from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.randomness import position_keys, token_keys
-from megamoe.moe.routing import RouterContext, Routing, on_one_rank
+from megamoe.moe.ranks import ONE_RANK, Ranks
+from megamoe.moe.routing import Router, RouterContext, Routing
 
 
 class ModelOutput(NamedTuple):
@@ -62,7 +63,8 @@ class Backbone(nn.Module):
         moe: the mixture layers.
         seed: the run's seed.
         build_moe_layer: called as `MoELayer` is; parallel runs give their own.
-        mean_over_ranks: see `RouterContext`.
+        ranks: see `RouterContext`.
+        n_domains: domains of the data; 0 where there are none.
 
     Raises:
         ConfigError: the vocabulary is unknown or a setting does not fit the others.
@@ -75,20 +77,23 @@ class Backbone(nn.Module):
         *,
         seed: int,
         build_moe_layer: Callable[..., MoELayer] = MoELayer,
-        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = on_one_rank,
+        ranks: Ranks = ONE_RANK,
+        n_domains: int = 0,
     ) -> None:
         super().__init__()
         self.model_config = model
         self.moe_config = moe
         self.seed = seed
         self.span = AttentionSpan(model.memory_len, model.same_length, model.clamp_len)
-        self.mean_over_ranks = mean_over_ranks
-        mixtures = {
-            i: build_moe_layer(
-                model.d_model, moe, layer=i, seed=seed, dropout=model.dropout, init_std=model.init_std
-            )
-            for i in moe.layer_indices(model.n_layers)
-        }
+        self.ranks = ranks
+        mixtures: dict[int, MoELayer] = {}
+        below: Router | None = None
+        for i in moe.layer_indices(model.n_layers):
+            mixtures[i] = build_moe_layer(
+                model.d_model, moe, layer=i, seed=seed, dropout=model.dropout, init_std=model.init_std,
+                below=below, n_layers=model.n_layers, vocab_size=model.vocab_size, n_domains=n_domains,
+            )  # fmt: skip
+            below = mixtures[i].router
         self.attention_bias_u = nn.Parameter(torch.empty(model.n_heads, model.d_head))
         self.attention_bias_v = nn.Parameter(torch.empty(model.n_heads, model.d_head))
         self.embedding = AdaptiveEmbedding(model)
@@ -131,10 +136,12 @@ class Backbone(nn.Module):
         memory = memory or (x_BSD[:, :0].detach(),) * len(self.layers)
         inputs = self._attention_inputs(x_BSD, memory[0], span, step, keys_BS, padding_BC)
         token_ids_T, real_N = input_ids_BS.flatten(), None
+        sequences_B = torch.arange(len(input_ids_BS), device=input_ids_BS.device)
+        sequence_T = sequences_B.repeat_interleave(input_ids_BS.shape[1])
         token_keys_T = None if keys_BS is None else keys_BS.flatten()
         if padding_BC is not None:
             real_N = (~padding_BC[:, -input_ids_BS.shape[1] :]).flatten().nonzero().flatten()
-            token_ids_T = token_ids_T[real_N]
+            token_ids_T, sequence_T = token_ids_T[real_N], sequence_T[real_N]
             token_keys_T = None if token_keys_T is None else token_keys_T[real_N]
         context = RouterContext(
             step=step,
@@ -142,7 +149,8 @@ class Backbone(nn.Module):
             top_k=self.moe_config.top_k if top_k is None else top_k,
             token_ids_T=token_ids_T,
             token_keys_T=token_keys_T,
-            mean_over_ranks=self.mean_over_ranks,
+            sequence_T=sequence_T,
+            ranks=self.ranks,
         )
         new_memory, routings = [], []
         for layer, memory_BMD in zip(self.layers, memory, strict=True):

@@ -11,22 +11,24 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from megamoe.moe.precision import at_least_fp32
-from megamoe.moe.routing import choices_per_expert
+from megamoe.moe.selection import choices_per_expert
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows for the experts of this rank, and what `Exchange.combine` needs to undo the way here.
+    """Rows for the experts of this rank, and what it takes to undo the way here.
 
     Attributes:
         rows_ND: inputs, grouped by local expert in rising order.
         counts: rows of each local expert, summing to N; experts without tokens count 0.
+        choices: the choices of this rank's tokens.
         plan: private to the exchange that made it.
     """
 
     rows_ND: torch.Tensor
     counts: list[int]
-    plan: object
+    choices: "SortedChoices"
+    plan: object = None
 
 
 class Exchange(Protocol):
@@ -47,13 +49,28 @@ class Exchange(Protocol):
         """
         ...
 
-    def combine(
-        self, rows_ND: torch.Tensor, weights_TK: torch.Tensor, dispatched: Dispatched
-    ) -> torch.Tensor:
-        """Bring expert outputs home: y_t = sum_j weights_TK[t, j] * output(t, j), summed in fp32.
+    def bring_home(self, rows_ND: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Send expert outputs back; they arrive in the order of `dispatched.choices`.
 
         Returns:
-            [T, D] in the type of `rows_ND`.
+            [N', D], one row for each choice that this rank's tokens made.
+        """
+        ...
+
+    def to_all(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """The tokens of all ranks that share one set of experts, and how many are from each; no gradient."""
+        ...
+
+    def from_all(self, scores_NE: torch.Tensor, counts: list[int], n_tokens: int) -> torch.Tensor:
+        """What each rank's local experts say of the tokens of `to_all`, back to the tokens' ranks.
+
+        Args:
+            scores_NE: a column for each local expert.
+            counts: as `to_all` gave them.
+            n_tokens: tokens of this rank.
+
+        Returns:
+            [n_tokens, E] with all experts.
         """
         ...
 
@@ -120,6 +137,14 @@ class SortedChoices:
         y_TD = embedding_bag(self.row_N, wide_ND, self.first_T, mode="sum", per_sample_weights=weights_N)
         return y_TD.to(rows_ND.dtype)
 
+    def per_choice(self, rows_ND: torch.Tensor, top_k: int) -> torch.Tensor:
+        """Each choice's row, [T, K, D] in fp32; zero where a choice names no expert."""
+        wide_ND = at_least_fp32(rows_ND)
+        flat = wide_ND.new_zeros(len(self.first_T) * top_k, rows_ND.shape[1])
+        return flat.index_copy(0, self.choice_N, wide_ND.index_select(0, self.row_N)).unflatten(
+            0, (-1, top_k)
+        )
+
 
 class LocalExchange:
     """All experts are here: rows are copies of tokens, sorted by expert, in token order within one."""
@@ -131,14 +156,16 @@ class LocalExchange:
 
     def send_along(self, values_T: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Each row's token's number."""
-        choices = dispatched.plan
-        assert isinstance(choices, SortedChoices)
-        return values_T.index_select(0, choices.token_N)
+        return values_T.index_select(0, dispatched.choices.token_N)
 
-    def combine(
-        self, rows_ND: torch.Tensor, weights_TK: torch.Tensor, dispatched: Dispatched
-    ) -> torch.Tensor:
-        """Sum each token's weighted expert outputs in fp32."""
-        choices = dispatched.plan
-        assert isinstance(choices, SortedChoices)
-        return choices.weighted_sum(rows_ND, weights_TK)
+    def bring_home(self, rows_ND: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """They are at home."""
+        return rows_ND
+
+    def to_all(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """The tokens."""
+        return x_TD.detach(), [len(x_TD)]
+
+    def from_all(self, scores_NE: torch.Tensor, counts: list[int], n_tokens: int) -> torch.Tensor:
+        """The scores."""
+        return scores_NE

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from megamoe.moe.dropout import Dropout
 from megamoe.moe.initialization import normal
+from megamoe.moe.precision import at_least_fp32
 from megamoe.moe.randomness import draw
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -16,6 +17,9 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 ROW_MULTIPLE = 64
 """16-bit products on a CPU are compiled anew for each row count not seen before, which costs many
 times the product; rounding the counts up leaves few."""
+
+RESPONSES_AT_ONCE = 8192
+"""Tokens whose outputs of one expert are held at a time while all experts are asked."""
 
 
 class Experts(nn.Module):
@@ -27,6 +31,7 @@ class Experts(nn.Module):
     Args:
         n_experts: experts E of the layer over all ranks.
         local: global ids of those held here.
+        init_stds: standard deviations of w_in and w_out where they are not init_std.
     """
 
     def __init__(
@@ -40,19 +45,22 @@ class Experts(nn.Module):
         seed: int,
         layer: int,
         local: range,
+        init_stds: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.local = local
         self.dropout = Dropout(dropout, f"layers.{layer}.moe.experts")
 
-        def stacked(name: str, shape: tuple[int, int]) -> nn.Parameter:
-            path = f"layers.{layer}.moe.experts.{name}"
-            return nn.Parameter(torch.stack([normal(shape, init_std, seed, path, e) for e in local]))
+        std_in, std_out = init_stds or (init_std, init_std)
 
-        self.w_in = stacked("w_in", (d_expert, d_model))
+        def stacked(name: str, shape: tuple[int, int], std: float) -> nn.Parameter:
+            path = f"layers.{layer}.moe.experts.{name}"
+            return nn.Parameter(torch.stack([normal(shape, std, seed, path, e) for e in local]))
+
+        self.w_in = stacked("w_in", (d_expert, d_model), std_in)
         self.b_in = nn.Parameter(torch.zeros(len(local), d_expert))
-        self.w_out = stacked("w_out", (d_model, d_expert))
+        self.w_out = stacked("w_out", (d_model, d_expert), std_out)
         self.b_out = nn.Parameter(torch.zeros(len(local), d_model))
 
     def forward(
@@ -67,10 +75,29 @@ class Experts(nn.Module):
         weights = Weights(self.w_in, self.b_in, self.w_out, self.b_out)
         return compute(rows_ND, counts, weights, self._drop(counts, keys_N))
 
+    @torch.no_grad()
+    def responses(self, x_ND: torch.Tensor, response: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`response` of every local expert's output for every token, [N, E_local] fp32, without dropout.
+
+        Args:
+            x_ND: any tokens.
+            response: from fp32 outputs [n, D] to one number each.
+        """
+        weights = Weights(self.w_in, self.b_in, self.w_out, self.b_out)
+        scores = []
+        for stacks in zip(*(stack.unbind() for stack in weights), strict=True):
+            one = Weights(*(tensor[None] for tensor in stacks))
+            score_N = [
+                response(at_least_fp32(one_by_one(x, [len(x)], one, _keep_all)))
+                for x in x_ND.split(RESPONSES_AT_ONCE)
+            ]
+            scores.append(torch.cat(score_N))
+        return torch.stack(scores, dim=1)
+
     def _drop(self, counts: list[int], keys_N: torch.Tensor | None) -> "Drop":
         """Dropout on hidden units, which each expert draws for itself."""
         if not self.dropout.active:
-            return lambda hidden, _: hidden
+            return _keep_all
         assert keys_N is not None, "experts with dropout in training: give the keys of the rows' tokens"
         counts_E = torch.tensor(counts, device=keys_N.device)
         experts_E = torch.arange(self.local.start, self.local.stop, device=keys_N.device)
@@ -101,6 +128,11 @@ class Weights(NamedTuple):
 
 Drop = Callable[[torch.Tensor, int], torch.Tensor]
 """Drops hidden units of consecutive rows, given the number of the first."""
+
+
+def _keep_all(hidden: torch.Tensor, first: int) -> torch.Tensor:
+    return hidden
+
 
 Compute = Callable[[torch.Tensor, list[int], Weights, Drop], torch.Tensor]
 

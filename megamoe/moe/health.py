@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megamoe.moe.routing import Routing, choices_per_expert, on_one_rank
+from megamoe.moe.ranks import ONE_RANK
+from megamoe.moe.routing import Routing
+from megamoe.moe.selection import choices_per_expert
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class LayerHealth:
 def routing_health(
     routings: Sequence[Routing],
     n_experts: int,
-    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = on_one_rank,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = ONE_RANK.mean,
 ) -> list[LayerHealth]:
     """Measure each mixture layer of one forward pass.
 
@@ -67,7 +69,7 @@ def _sums(routing: Routing, n_experts: int) -> torch.Tensor:
     sums = (
         zero + ids_TK.shape[0],
         (ids_TK < 0).all(1).sum(),
-        routing.dropped_TK.sum() if routing.dropped_TK is not None else zero,
+        _dropped(routing) if routing.wanted_TK is not None else zero,
         -(log_p_TE.exp() * log_p_TE).sum(),
     )
     return torch.cat(
@@ -76,6 +78,12 @@ def _sums(routing: Routing, n_experts: int) -> torch.Tensor:
             choices_per_expert(routing.expert_ids_TK, n_experts).double(),
         ]
     )
+
+
+def _dropped(routing: Routing) -> torch.Tensor:
+    """Choices that capacity took back."""
+    assert routing.wanted_TK is not None
+    return ((routing.wanted_TK >= 0) & (routing.expert_ids_TK < 0)).sum()
 
 
 def _layer_health(sums: torch.Tensor, has_logits: bool) -> LayerHealth:
@@ -107,7 +115,7 @@ class Churn:
     def look(
         self,
         routings: Sequence[Routing],
-        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = on_one_rank,
+        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = ONE_RANK.mean,
     ) -> list[float] | None:
         """Churn of each mixture layer since the last look, in [0, 1]; None at the first look.
 

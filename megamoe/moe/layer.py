@@ -1,14 +1,17 @@
 """The mixture layer: route, exchange, compute, combine."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.config.schema import MoEConfig
-from megamoe.moe.exchange import Exchange, LocalExchange
+from megamoe.moe.exchange import Dispatched, Exchange, LocalExchange
 from megamoe.moe.experts import Experts
 from megamoe.moe.routers import build_router
-from megamoe.moe.routing import RouterContext, Routing
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 
 
 class MoELayer(nn.Module):
@@ -23,6 +26,8 @@ class MoELayer(nn.Module):
         init_std: standard deviation of initial weights.
         local_experts: global ids of the experts held here; all by default.
         exchange: how rows reach the experts; within this process by default.
+        below: router of the mixture layer below.
+        sizes: further fields of `LayerSpec`.
 
     Attributes:
         checkpoint_activations: recompute exchange and experts in the backward pass instead of keeping
@@ -40,17 +45,26 @@ class MoELayer(nn.Module):
         init_std: float,
         local_experts: range | None = None,
         exchange: Exchange | None = None,
+        below: Router | None = None,
+        **sizes: int,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.n_experts = moe.n_experts
         self.checkpoint_activations = False
         self.exchange = exchange if exchange is not None else LocalExchange()
-        self.router = build_router(moe.router, d_model, moe.n_experts, layer, seed, init_std)
-        self.experts = Experts(
-            moe.n_experts, d_model, moe.d_expert, dropout=dropout, init_std=init_std, seed=seed, layer=layer,
-            local=local_experts if local_experts is not None else range(moe.n_experts),
+        spec = LayerSpec(
+            d_model=d_model, n_experts=moe.n_experts, d_expert=moe.d_expert, layer=layer, seed=seed,
+            init_std=init_std, dropout=dropout, below=below, **sizes,
         )  # fmt: skip
+        self.router = build_router(moe.router, spec)
+        self.experts: Experts | None = None
+        if not self.router.owns_feed_forward:
+            self.experts = Experts(
+                moe.n_experts, d_model, moe.d_expert, dropout=dropout, init_std=init_std, seed=seed,
+                layer=layer, init_stds=self.router.initial_stds(),
+                local=local_experts if local_experts is not None else range(moe.n_experts),
+            )  # fmt: skip
 
     def forward(self, x_BSD: torch.Tensor, context: RouterContext) -> tuple[torch.Tensor, Routing]:
         """Send every token through its experts.
@@ -59,26 +73,59 @@ class MoELayer(nn.Module):
             [B, S, D] in the type of the experts, and the decision behind it.
         """
         x_TD = x_BSD.flatten(0, -2)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            routing = self.router(x_TD, context)
-        choice = (x_TD, routing.expert_ids_TK, routing.weights_TK, context.token_keys_T)
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            y_TD = checkpoint(self._apply_experts, *choice, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y_TD = self._apply_experts(*choice)
+        y_TD, routing = self.router.mix(x_TD, context, _LayerMixture(self, context.token_keys_T))
         return y_TD.view_as(x_BSD), routing
 
-    def _apply_experts(
-        self,
-        x_TD: torch.Tensor,
-        expert_ids_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
-        token_keys_T: torch.Tensor | None,
+
+class _LayerMixture:
+    """The experts of `layer` for one forward pass: what a policy sees as `routing.Mixture`."""
+
+    def __init__(self, layer: MoELayer, token_keys_T: torch.Tensor | None) -> None:
+        self.layer, self.exchange, self.token_keys_T = layer, layer.exchange, token_keys_T
+
+    @property
+    def experts(self) -> Experts:
+        """Those of the layer; a policy that owns its feed-forward network has none to ask."""
+        assert self.layer.experts is not None
+        return self.layer.experts
+
+    def combine(
+        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        dispatched = self.exchange.dispatch(x_TD, expert_ids_TK, self.n_experts)
+        """Each token's weighted outputs, summed."""
+        return self._recomputed(self._combine, x_TD, expert_ids_TK, weights_TK)
+
+    def outputs(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        """Each choice's output."""
+        return self._recomputed(self._outputs, x_TD, expert_ids_TK)
+
+    def responses(self, x_TD: torch.Tensor, response: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What every expert says of every token."""
+        x_ND, counts = self.exchange.to_all(x_TD)
+        return self.exchange.from_all(self.experts.responses(x_ND, response), counts, len(x_TD))
+
+    def _recomputed(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        if self.layer.checkpoint_activations and torch.is_grad_enabled():
+            kept: Any = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return kept
+        return function(*inputs)
+
+    def _combine(
+        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        rows_ND, dispatched = self._compute(x_TD, expert_ids_TK)
+        return dispatched.choices.weighted_sum(rows_ND, weights_TK)
+
+    def _outputs(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        rows_ND, dispatched = self._compute(x_TD, expert_ids_TK)
+        return dispatched.choices.per_choice(rows_ND, expert_ids_TK.shape[1])
+
+    def _compute(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor) -> tuple[torch.Tensor, Dispatched]:
+        """The outputs for this rank's tokens, sorted by expert."""
+        dispatched = self.exchange.dispatch(x_TD, expert_ids_TK, self.layer.n_experts)
         keys_N = None
         if self.experts.dropout.active:
-            assert token_keys_T is not None, "dropout in training: give RouterContext.token_keys_T"
-            keys_N = self.exchange.send_along(token_keys_T, dispatched)
+            assert self.token_keys_T is not None, "dropout in training: give RouterContext.token_keys_T"
+            keys_N = self.exchange.send_along(self.token_keys_T, dispatched)
         rows_ND = self.experts(dispatched.rows_ND, dispatched.counts, keys_N)
-        return self.exchange.combine(rows_ND, weights_TK, dispatched)
+        return self.exchange.bring_home(rows_ND, dispatched), dispatched

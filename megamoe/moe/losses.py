@@ -1,18 +1,21 @@
-"""Auxiliary losses of the mixture layers, as pure functions of what the routers decided."""
+"""Losses on routing, as pure functions: what several policies share.
 
-from collections.abc import Callable, Sequence
+Shapes: T tokens, E experts.
+"""
 
 import torch
 
-from megamoe.config.schema import MoEConfig
-from megamoe.errors import ConfigError
-from megamoe.moe.routers import resolve_options
-from megamoe.moe.routing import Routing, choices_per_expert
+from megamoe.moe.routing import RouterContext, Routing
+from megamoe.moe.selection import choices_per_expert
+
+TINY = 1e-10
+"""Keeps quotients and logarithms finite, far below any share that matters."""
 
 
 def load_shares(routing: Routing, n_experts: int) -> torch.Tensor:
-    """f [E] fp32: the share of this rank's T * K choices that goes to each expert."""
-    return choices_per_expert(routing.expert_ids_TK, n_experts).float() / routing.expert_ids_TK.numel()
+    """f [E] fp32: the share of this rank's T * K choices that goes to each expert, before capacity."""
+    wanted_TK = routing.expert_ids_TK if routing.wanted_TK is None else routing.wanted_TK
+    return choices_per_expert(wanted_TK, n_experts).float() / max(wanted_TK.numel(), 1)
 
 
 def balance_loss(logits_TE: torch.Tensor, shares_E: torch.Tensor) -> torch.Tensor:
@@ -23,7 +26,7 @@ def balance_loss(logits_TE: torch.Tensor, shares_E: torch.Tensor) -> torch.Tenso
 
     Paper: Fedus et al., "Switch Transformers", JMLR 2022, arXiv 2101.03961, eq. 4, for any k.
     """
-    return shares_E.numel() * torch.dot(shares_E, logits_TE.softmax(-1).mean(0))
+    return shares_E.numel() * torch.dot(shares_E.to(logits_TE.dtype), logits_TE.softmax(-1).mean(0))
 
 
 def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
@@ -34,65 +37,22 @@ def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
     return logits_TE.logsumexp(-1).square().mean()
 
 
-def auxiliary_loss(
-    routings: Sequence[Routing],
-    moe: MoEConfig,
-    mean_over_ranks: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What is added to the language-model loss, for all mixture layers of one forward pass.
+def negative_entropy(logits_TE: torch.Tensor, context: RouterContext) -> torch.Tensor:
+    """sum_e P_e ln P_e, with P_e the mean softmax probability over the tokens of all ranks.
 
-    Each loss is averaged over the mixture layers, so its weight means the same at every depth. Losses
-    of weight 0 are not computed.
+    It is -ln E where P is uniform. The mean over ranks of its gradients is the gradient of the global
+    batch's, exactly.
 
-    Args:
-        routings: one for each mixture layer.
-        moe: `balance_loss` and `z_loss` weigh those two, the policy's option ``x_loss`` its loss ``x``.
-        mean_over_ranks: averages a tensor over all data-parallel ranks, without gradient. Called once
-            when the balance loss is on, else not at all.
-
-    Returns:
-        The weighted sum, and each loss by name before weighting.
-
-    Raises:
-        ConfigError: a loss on logits is asked of a policy that has none.
+    Paper: Csordas et al., "Approximating Two-Layer Feedforward Networks for Efficient Transformers",
+    EMNLP Findings 2023, arXiv 2310.10837, eq. 20.
     """
-    raw: dict[str, torch.Tensor] = {}
-    total = torch.zeros(())
-    for name, (weight, per_layer) in _in_force(routings, moe, mean_over_ranks).items():
-        raw[name] = torch.stack(per_layer).mean()
-        total = total + weight * raw[name]
-    return total, raw
+    mean_E = context.over_ranks(logits_TE.softmax(-1).mean(0))
+    return (mean_E * (mean_E + TINY).log()).sum()
 
 
-def _in_force(
-    routings: Sequence[Routing],
-    moe: MoEConfig,
-    mean_over_ranks: Callable[[torch.Tensor], torch.Tensor],
-) -> dict[str, tuple[float, list[torch.Tensor]]]:
-    """Weight and values by layer of each loss with a weight."""
-    if not routings:
-        return {}
-    losses: dict[str, tuple[float, list[torch.Tensor]]] = {}
-    if moe.balance_loss:
-        shares_LE = mean_over_ranks(
-            torch.stack([load_shares(routing, moe.n_experts) for routing in routings])
-        )
-        logits = _logits(routings, "balance_loss", moe)
-        losses["balance"] = moe.balance_loss, list(map(balance_loss, logits, shares_LE))
-    if moe.z_loss:
-        losses["z"] = moe.z_loss, list(map(z_loss, _logits(routings, "z_loss", moe)))
-    names = {name for routing in routings for name in routing.losses}
-    options = resolve_options(moe.router) if names else None
-    for name in sorted(names):
-        if weight := getattr(options, f"{name}_loss"):
-            losses[name] = weight, [routing.losses[name] for routing in routings if name in routing.losses]
-    return losses
+def squared_variation(values_E: torch.Tensor) -> torch.Tensor:
+    """Variance over squared mean, 0 where all values are equal.
 
-
-def _logits(routings: Sequence[Routing], field: str, moe: MoEConfig) -> list[torch.Tensor]:
-    logits = [routing.logits_TE for routing in routings if routing.logits_TE is not None]
-    if len(logits) < len(routings):
-        raise ConfigError(
-            f"moe.{field} = {getattr(moe, field)}: set it to 0, policy {moe.router.name!r} has no logits"
-        )
-    return logits
+    Paper: Shazeer et al., "Outrageously Large Neural Networks", ICLR 2017, arXiv 1701.06538, eq. 7.
+    """
+    return values_E.var(correction=0) / (values_E.mean().square() + TINY)

@@ -1,24 +1,22 @@
 """What a router decides (`Routing`), what it may look at (`RouterContext`), the contract (`Router`).
 
-Shapes: T tokens, D model width, E experts, K experts per token.
+Shapes: B sequences, T tokens, D model width, E experts, K experts per token.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
 
-from megamoe.errors import ConfigError
-from megamoe.moe.initialization import normal
-from megamoe.moe.randomness import at_site, uniform
+from megamoe.moe.initialization import generator, normal
+from megamoe.moe.randomness import at_site, draw, hash_of, uniform
+from megamoe.moe.ranks import ONE_RANK, Ranks
 
-
-def on_one_rank(values: torch.Tensor) -> torch.Tensor:
-    """The mean over ranks where there is one rank: the values themselves, without gradient."""
-    return values.detach()
+SMALLEST_UNIFORM = 2.0**-25
+"""Half a step of the uniform numbers: added to them, none is 0 or 1."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,13 @@ class RouterContext:
         token_ids_T: ids of the input tokens, for policies that look them up.
         token_keys_T: what random numbers of the tokens are drawn from, see `LayerSpec.uniform`; given in
             training.
+        sequence_T: the sequence of each token, 0 to B - 1, rising; within one, tokens are in order of
+            time. None: all are of one sequence.
+        domain_T: the domain of each token's sequence; None where the data have none.
+        route_T: which of the forward passes over the same sequences each token is of, see `Router.routes`;
+            None where there is one.
         previous: routing of the mixture layer below, None in the first.
-        mean_over_ranks: averages a small statistic over all data-parallel ranks, without gradient.
+        ranks: the data-parallel ranks, for statistics of the global batch.
     """
 
     step: int
@@ -44,8 +47,19 @@ class RouterContext:
     top_k: int
     token_ids_T: torch.Tensor | None = None
     token_keys_T: torch.Tensor | None = None
+    sequence_T: torch.Tensor | None = None
+    domain_T: torch.Tensor | None = None
+    route_T: torch.Tensor | None = None
     previous: "Routing | None" = None
-    mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = on_one_rank
+    ranks: Ranks = ONE_RANK
+
+    def over_ranks(self, mean: torch.Tensor) -> torch.Tensor:
+        """The mean of `mean` over all ranks, whose gradient is that of this rank's share.
+
+        For any function F, the mean over ranks of the gradients of F(over_ranks(m_r)) is the gradient of
+        F of the global mean, exactly, where averaging F(m_r) over ranks would be neither.
+        """
+        return mean + (self.ranks.mean(mean) - mean).detach()
 
 
 @dataclass(frozen=True)
@@ -59,15 +73,42 @@ class Routing:
         logits_TE: fp32 scores before selection, for losses and health; None if the policy has none.
         losses: auxiliary losses by name, unweighted scalars of the policy's own making. Loss ``x`` is
             weighted by the policy's option ``x_loss``, as ``moe.z_loss`` weighs the z-loss.
-        dropped_TK: bool, choices that the policy made and gave up again for lack of capacity (their id
-            is -1, as is that of choices it never made); None if there are none.
+        wanted_TK: the choices before capacity took some back, which the balance loss counts; None if
+            none was taken back.
+        statistics: fp32 [N], without gradient, of this rank's tokens: what `Router.update` learns of
+            the step, averaged over ranks and micro-batches. None if the policy has nothing to update.
     """
 
     expert_ids_TK: torch.Tensor
     weights_TK: torch.Tensor
     logits_TE: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    dropped_TK: torch.Tensor | None = None
+    wanted_TK: torch.Tensor | None = None
+    statistics: torch.Tensor | None = None
+
+
+class Mixture(Protocol):
+    """The experts of a layer, for policies that do more than weigh their outputs.
+
+    Every method is a collective: all ranks call the same ones in the same order, with any tokens.
+    """
+
+    def combine(
+        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """y_t = sum_j weights_TK[t, j] * Expert_{ids[t, j]}(x_t) [T, D], summed in fp32."""
+        ...
+
+    def outputs(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        """Expert_{ids[t, j]}(x_t) [T, K, D] in fp32, zero where the id is -1."""
+        ...
+
+    def responses(self, x_TD: torch.Tensor, response: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`response` ([N, D] fp32 to [N]) of every expert's output for every token, [T, E] fp32.
+
+        Without gradient and without dropout.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +121,12 @@ class LayerSpec:
         layer: 0-based index of the layer in the model.
         seed: the run's seed.
         init_std: standard deviation of initial weights.
+        d_expert: hidden width F of an expert.
+        n_layers: decoder layers of the model.
+        vocab_size: symbols V of the model; 0 where it is not known.
+        n_domains: domains of the data; 0 where there are none.
+        dropout: dropout on hidden units.
+        below: router of the mixture layer below, to share tensors with; None in the lowest.
     """
 
     d_model: int
@@ -87,11 +134,30 @@ class LayerSpec:
     layer: int
     seed: int
     init_std: float
+    d_expert: int = 1
+    n_layers: int = 1
+    vocab_size: int = 0
+    n_domains: int = 0
+    dropout: float = 0.0
+    below: "Router | None" = None
+
+    def path(self, name: str) -> str:
+        """Name of the router's tensor or site `name` in the model."""
+        return f"layers.{self.layer}.moe.router.{name}"
 
     def normal(self, name: str, shape: tuple[int, ...], std: float | None = None) -> torch.Tensor:
         """fp32 initial values N(0, std^2) of the router's tensor `name`; std is init_std by default."""
-        path = f"layers.{self.layer}.moe.router.{name}"
-        return normal(shape, self.init_std if std is None else std, self.seed, path)
+        return normal(shape, self.init_std if std is None else std, self.seed, self.path(name))
+
+    def truncated_normal(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+        """fp32 initial values N(0, std^2), drawn anew beyond 2 std (which leaves 0.88 std)."""
+        values = torch.empty(shape)
+        draws = generator(self.seed, self.path(name))
+        return nn.init.trunc_normal_(values, std=std, a=-2 * std, b=2 * std, generator=draws)
+
+    def generator(self, name: str, *labels: str | int) -> torch.Generator:
+        """A CPU generator for what all tokens share: a function of (seed, layer, name, labels) alone."""
+        return generator(self.seed, self.path(name), *labels)
 
     def uniform(self, name: str, context: RouterContext, width: int) -> torch.Tensor:
         """fp32 noise [T, width], uniform in [0, 1), for training.
@@ -101,7 +167,20 @@ class LayerSpec:
         assert context.token_keys_T is not None, (
             "noise is for training: RouterContext.token_keys_T is missing"
         )
-        return uniform(at_site(context.token_keys_T, f"layers.{self.layer}.moe.router.{name}"), width)
+        return uniform(at_site(context.token_keys_T, self.path(name)), width)
+
+    def gaussian(self, name: str, context: RouterContext, width: int) -> torch.Tensor:
+        """fp32 noise [T, width], N(0, 1), by inversion of `uniform`."""
+        return torch.special.ndtri(self.uniform(name, context, width) + SMALLEST_UNIFORM)
+
+    def gumbel(self, name: str, context: RouterContext, width: int) -> torch.Tensor:
+        """fp32 noise [T, width], Gumbel(0, 1): -log(-log u), by inversion of `uniform`."""
+        return -(self.uniform(name, context, width) + SMALLEST_UNIFORM).log().neg().log()
+
+    def by_token_id(self, name: str, token_ids_T: torch.Tensor, width: int) -> torch.Tensor:
+        """fp32 [T, width], uniform in [0, 1): a function of (seed, layer, `name`, token id) for ever."""
+        keys_T = at_site(draw(hash_of(self.seed, "token ids"), token_ids_T), self.path(name))
+        return uniform(keys_T, width)
 
 
 class Router(nn.Module, ABC):
@@ -115,7 +194,11 @@ class Router(nn.Module, ABC):
     Class attributes:
         summary: one line for `megamoe routers`.
         paper: where the policy was published.
-        causal: False if a token's routing depends on later tokens.
+        cost: what it costs relative to plain top-k routing.
+        causal: when a token's routing is independent of later tokens: "always", in "evaluation" alone,
+            or "never", and then it is no language model.
+        balance_loss: what ``moe.balance_loss=auto`` means for it, in units of a loss that is 1 at balance.
+        owns_feed_forward: the layer has no experts; `mix` computes its output alone.
         Options: the dataclass of the policy's options, with defaults and help texts.
     """
 
@@ -125,45 +208,83 @@ class Router(nn.Module, ABC):
 
     summary: ClassVar[str]
     paper: ClassVar[str]
-    causal: ClassVar[bool] = True
+    cost: ClassVar[str] = "the same"
+    causal: ClassVar[Literal["always", "evaluation", "never"]] = "always"
+    balance_loss: ClassVar[float] = 0.0
+    owns_feed_forward: ClassVar[bool] = False
 
     def __init__(self, spec: LayerSpec, options: Any) -> None:
         super().__init__()
         self.spec = spec
         self.options = options
+        # The layer's 0-based number among the mixture layers.
+        self.depth: int = 0 if spec.below is None else spec.below.depth + 1
+        self._owner: tuple[Router, ...] = ()
+
+    @property
+    def owner(self) -> "Router":
+        """The router whose tensors this one uses; itself unless `share` says otherwise."""
+        return self._owner[0] if self._owner else self
+
+    def share(self, n_layers: int) -> bool:
+        """Use the tensors of the lowest router of each `n_layers` mixture layers in a row (0: of all).
+
+        Called in the constructor of a subclass, before it makes tensors.
+
+        Returns:
+            Whether this router is such an owner, and so has to make them.
+        """
+        is_owner = self.depth % n_layers == 0 if n_layers else self.depth == 0
+        if not is_owner:
+            assert self.spec.below is not None
+            # In a tuple, so that the owner is registered once, where it belongs.
+            self._owner = (self.spec.below.owner,)
+        return is_owner
 
     @classmethod
     def experts_per_token(cls, top_k: int, n_experts: int) -> int:
         """Experts that a token gets in evaluation where `top_k` are asked for; not all policies follow."""
         return top_k
 
+    @classmethod
+    def routes(cls, options: Any) -> int:
+        """How many forward passes of different routing a training step makes over each sequence, 1 or 2.
+
+        With 2, the loss is the mean of both, and the loss ``consistency``, weighted by the option
+        ``consistency_loss``, is the symmetric divergence of their predictions.
+        """
+        return 1
+
+    def initial_stds(self) -> tuple[float, float] | None:
+        """Standard deviations of the experts' initial w_in and w_out; None: `spec.init_std` for both."""
+        return None
+
+    def __call__(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
+        """`forward`, never in 16 bits."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            routing: Routing = super().__call__(x_TD, context)
+            return routing
+
     @abstractmethod
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route tokens `x_TD` (any float type; the policy works in fp32)."""
 
+    def mix(
+        self, x_TD: torch.Tensor, context: RouterContext, mixture: Mixture
+    ) -> tuple[torch.Tensor, Routing]:
+        """Output [T, D] of the layer and the decision behind it.
 
-def choices_per_expert(expert_ids_TK: torch.Tensor, n_experts: int) -> torch.Tensor:
-    """[E] int64, how many choices name each expert; those of -1 count nowhere."""
-    bins_N = expert_ids_TK.flatten() + 1
-    return bins_N.new_zeros(n_experts + 1).scatter_add(0, bins_N, torch.ones_like(bins_N))[1:]
+        By default the weighted sum of the outputs of the experts that `forward` chooses.
+        """
+        routing = self(x_TD, context)
+        return mixture.combine(x_TD, routing.expert_ids_TK, routing.weights_TK), routing
 
+    @torch.no_grad()
+    def update(self, statistics_LN: torch.Tensor, step: int) -> None:
+        """Change buffers after an optimizer step, the same on every rank. By default nothing.
 
-def check_top_k(top_k: int, n_experts: int) -> None:
-    """Refuse a k outside 1..E with the setting's name.
-
-    Raises:
-        ConfigError: k is below 1 or above the number of experts.
-    """
-    if not 1 <= top_k <= n_experts:
-        raise ConfigError(f"top_k = {top_k}: give 1 to {n_experts}, the number of experts")
-
-
-def top_k_softmax(logits_TE: torch.Tensor, top_k: int) -> Routing:
-    """Take the k largest logits of each token; weights are the softmax over those k alone.
-
-    Equal to a softmax over all experts renormalised over the chosen ones. At k = 1 the weight is
-    exactly 1 and the logits get no gradient from it.
-    """
-    check_top_k(top_k, logits_TE.shape[-1])
-    top_TK, expert_ids_TK = logits_TE.topk(top_k, dim=-1)
-    return Routing(expert_ids_TK, torch.softmax(top_TK, dim=-1), logits_TE)
+        Args:
+            statistics_LN: `Routing.statistics` averaged over ranks and micro-batches, one row for each of
+                the L layers, from below, whose `owner` this is.
+            step: optimizer steps done before that one.
+        """

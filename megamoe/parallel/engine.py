@@ -157,7 +157,7 @@ def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -
     model = model_of(
         replace(run, model=replace(run.model, vocab_size=vocab_size)),
         build_moe_layer=moe_layer_builder(layout, world.rank),
-        mean_over_ranks=world.mean,
+        ranks=world,
     )
     model.set_activation_checkpointing(run.training.activation_checkpointing)
     return model

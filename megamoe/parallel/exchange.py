@@ -37,9 +37,8 @@ def _exchange(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How rows travelled: by `choices` and `send` from home, by `receive` and `arrival_N` to the experts."""
+    """How rows travelled: by `send` from home, by `receive` and `arrival_N` to the experts."""
 
-    choices: SortedChoices
     send: list[int]
     receive: list[int]
     arrival_N: torch.Tensor
@@ -49,7 +48,7 @@ class AllToAllExchange:
     """Rank r of `group` owns experts r * E/R to (r + 1) * E/R - 1; rows travel to them and back.
 
     No row is padded or dropped. Each dispatch exchanges the counts once, E integers per rank, and the
-    rows once; combine exchanges the rows once more, and `send_along` a number for each. All ranks of
+    rows once; `bring_home` exchanges the rows once more, and `send_along` a number for each. All ranks of
     the group must call in step, also those without a row to send: an empty message is still a message.
     """
 
@@ -71,25 +70,37 @@ class AllToAllExchange:
         send = [sum(choices.counts[first : first + n_local]) for first in range(0, n_experts, n_local)]
         arrived_ND = _AllToAll.apply(choices.gather(x_TD), send, receive, self.group)
         arrival_N = _by_expert(received_RE, sum(receive))
-        plan = _Plan(choices, send, receive, arrival_N)
-        return Dispatched(arrived_ND.index_select(0, arrival_N), counts, plan)
+        plan = _Plan(send, receive, arrival_N)
+        return Dispatched(arrived_ND.index_select(0, arrival_N), counts, choices, plan)
 
     def send_along(self, values_T: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Exchange one number per row more."""
         plan = dispatched.plan
         assert isinstance(plan, _Plan)
-        sent_N = values_T.index_select(0, plan.choices.token_N)
+        sent_N = values_T.index_select(0, dispatched.choices.token_N)
         return _exchange(sent_N, plan.send, plan.receive, self.group).index_select(0, plan.arrival_N)
 
-    def combine(
-        self, rows_ND: torch.Tensor, weights_TK: torch.Tensor, dispatched: Dispatched
-    ) -> torch.Tensor:
-        """Bring expert outputs home and sum each token's, weighted, in fp32."""
+    def bring_home(self, rows_ND: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Send each expert output back to the rank of its token."""
         plan = dispatched.plan
         assert isinstance(plan, _Plan)
         by_rank_ND = rows_ND.index_select(0, plan.arrival_N.argsort())
-        home_ND = _AllToAll.apply(by_rank_ND, plan.receive, plan.send, self.group)
-        return plan.choices.weighted_sum(home_ND, weights_TK)
+        home: torch.Tensor = _AllToAll.apply(by_rank_ND, plan.receive, plan.send, self.group)
+        return home
+
+    def to_all(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Send every token to every rank once, which is less than to every expert."""
+        count = torch.tensor([len(x_TD)], device=x_TD.device)
+        counts_R = count.new_empty(self.n_ranks)
+        dist.all_gather_into_tensor(counts_R, count, group=self.group)
+        counts = counts_R.tolist()
+        copies_ND = x_TD.detach().repeat(self.n_ranks, 1)
+        return _exchange(copies_ND, [len(x_TD)] * self.n_ranks, counts, self.group), counts
+
+    def from_all(self, scores_NE: torch.Tensor, counts: list[int], n_tokens: int) -> torch.Tensor:
+        """Send each rank what the local experts say of its tokens; all ranks' experts side by side."""
+        scores_RTE = _exchange(scores_NE, counts, [n_tokens] * self.n_ranks, self.group)
+        return scores_RTE.view(self.n_ranks, n_tokens, -1).transpose(0, 1).flatten(1)
 
 
 def _by_expert(received_RE: torch.Tensor, n_rows: int) -> torch.Tensor:

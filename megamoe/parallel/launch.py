@@ -248,6 +248,25 @@ class World:
         """The mean over ranks, without gradient."""
         return self.sum(values) / self.world_size
 
+    def gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The rows of all ranks, in rank order, without gradient, and where this rank's begin.
+
+        Ranks may have different numbers of rows.
+        """
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts_R = count.new_empty(self.world_size)
+        dist.all_gather_into_tensor(counts_R, count)
+        counts = counts_R.tolist()
+        parts = [rows.new_empty(n, *rows.shape[1:]) for n in counts]
+        if len(set(counts)) == 1:
+            dist.all_gather(parts, rows.detach().contiguous())
+        else:
+            copies = rows.detach().repeat(self.world_size, *[1] * (rows.dim() - 1))
+            gathered = rows.new_empty(sum(counts), *rows.shape[1:])
+            dist.all_to_all_single(gathered, copies, counts, [len(rows)] * self.world_size)
+            parts = list(gathered.split(counts))
+        return torch.cat(parts), sum(counts[: self.rank])
+
     def max(self, value: int) -> int:
         """The largest `value` of any rank. One rank alone communicates nothing."""
         if self.world_size == 1:

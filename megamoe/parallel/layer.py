@@ -46,7 +46,7 @@ class ExpertParallelMoELayer(MoELayer, _DeepSpeedMoE):
         self.ep_size = ep_size
         self.num_experts = moe.n_experts
         self.expert_group_name = f"ep_size_{ep_size}"
-        for parameter in self.experts.parameters():
+        for parameter in self.experts.parameters() if self.experts is not None else ():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
 

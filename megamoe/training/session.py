@@ -20,7 +20,7 @@ from megamoe.data.corpus import Corpus, load_corpus
 from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError, StoppedError
-from megamoe.moe.losses import auxiliary_loss
+from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.moe.routers import resolve_options
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config

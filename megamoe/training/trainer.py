@@ -20,10 +20,11 @@ from megamoe.data.corpus import Corpus
 from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
-from megamoe.moe.losses import auxiliary_loss
+from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.moe.routers import router_class
 from megamoe.moe.routing import Routing
 from megamoe.moe.schedules import top_k_at
+from megamoe.moe.updates import update_routers
 from megamoe.parallel.engine import Engine
 from megamoe.parallel.launch import World
 from megamoe.parallel.lost import is_lost_rank, lost_rank
@@ -201,9 +202,9 @@ class Trainer:
         batch = self.stream.batch(self.step)
         if batch.starts_epoch:
             self.memories = [None] * engine.micro_batches
-        losses, auxiliaries = [], []
-        routings: tuple[Routing, ...] = ()
+        losses, auxiliaries, micro_batches = [], [], []
         for loss, routings in self._forward(batch, top_k):
+            micro_batches.append(routings)
             weighted, auxiliary = auxiliary_loss(routings, run.moe, self.world.mean)
             self._beat("backward")
             engine.backward(loss + weighted)
@@ -212,13 +213,16 @@ class Trainer:
         self._beat("update")
         self._writer.wait_for_copy()
         result = engine.step()
+        if not result.skipped:
+            routers = [layer.router for layer in engine.model.moe_layers]
+            update_routers(routers, micro_batches, self.world, self.step)
         self.step += 1
         n_tokens = self._n_tokens(batch)
         self.tokens += n_tokens
         return StepRecord(
             step=self.step, lr=lr, top_k=top_k, loss=torch.stack(losses).mean(),
             auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
-            tokens=n_tokens, routings=routings,
+            tokens=n_tokens, routings=micro_batches[-1],
         )  # fmt: skip
 
     def _n_tokens(self, batch: Any) -> int:

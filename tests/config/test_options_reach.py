@@ -20,9 +20,9 @@ from megamoe.data.overlap import Overlap
 from megamoe.data.sentences import Sentences
 from megamoe.data.stream import TokenStream
 from megamoe.errors import DivergenceError, MegaMoEError
-from megamoe.moe.losses import auxiliary_loss
+from megamoe.moe.auxiliary import auxiliary_loss
+from megamoe.moe.ranks import ONE_RANK
 from megamoe.moe.routers import resolve_options
-from megamoe.moe.routing import on_one_rank
 from megamoe.moe.schedules import top_k_at
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import layout_of, resolve_ds_config
@@ -104,7 +104,7 @@ def numbers(run: RunConfig) -> Any:
     losses, memory = [], None
     for i in range(0, 18, 6):
         output = net(text[:, i : i + 6], text[:, i + 1 : i + 7], memory)
-        extra, _ = auxiliary_loss(output.routings, run.moe, on_one_rank)
+        extra, _ = auxiliary_loss(output.routings, run.moe, ONE_RANK.mean)
         memory = output.memory
         losses.append((output.loss_BS.mean() + extra).item())
     return sum(p.numel() for p in net.parameters()), losses
@@ -150,7 +150,7 @@ def layout(run: RunConfig) -> Any:
 
 def guarded(run: RunConfig) -> Any:
     """Steps until the guard stops a run that skips from step 10 on and whose loss jumps at step 30."""
-    guard = Guard(run, types.SimpleNamespace(mean=on_one_rank))  # type: ignore[arg-type]
+    guard = Guard(run, types.SimpleNamespace(mean=ONE_RANK.mean))  # type: ignore[arg-type]
     for step in range(60):
         loss = torch.tensor(1.0 if step < 30 else 5.0)
         try:

@@ -24,7 +24,7 @@ from megamoe.moe.dropout import Dropout
 from megamoe.moe.exchange import Exchange, LocalExchange
 from megamoe.moe.experts import Experts
 from megamoe.moe.routers import build_router
-from megamoe.moe.routing import RouterContext, Routing
+from megamoe.moe.routing import LayerSpec, RouterContext, Routing
 from megamoe.parallel.exchange import AllToAllExchange
 from megamoe.parallel.launch import forget_groups, read_launch, start
 from tests.checkpoint.runs import VOCAB_SIZE, run_config
@@ -40,7 +40,7 @@ class NativeMoE(MoE):
 
     def __init__(
         self, d_model: int, moe: MoEConfig, *, layer: int, seed: int, dropout: float, init_std: float,
-        ep_size: int, rank: int,
+        ep_size: int, rank: int, **sizes: Any,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.use_residual = self.enable_expert_tensor_parallelism = False
@@ -61,8 +61,13 @@ class NativeMoE(MoE):
             for local, expert in enumerate(experts.deepspeed_experts):
                 for name, parameter in expert.named_parameters():
                     parameter.copy_(getattr(values, name)[local])
-        router = build_router(moe.router, d_model, moe.n_experts, layer, seed, init_std)
+        spec = LayerSpec(d_model=d_model, n_experts=moe.n_experts, layer=layer, seed=seed, init_std=init_std)
+        router = build_router(moe.router, spec)
         self.deepspeed_moe = _Parts(router, experts)
+
+    @property
+    def router(self) -> Any:
+        return self.deepspeed_moe.gate
 
     def forward(self, x_BSD: torch.Tensor, context: RouterContext) -> tuple[torch.Tensor, Routing]:
         parts = self.deepspeed_moe
@@ -71,7 +76,8 @@ class NativeMoE(MoE):
         sent = parts.exchange.dispatch(x_TD, routing.expert_ids_TK, self.num_experts)
         chunks = zip(parts.experts.deepspeed_experts, sent.rows_ND.split(sent.counts), strict=True)
         rows_ND = torch.cat([expert(rows) for expert, rows in chunks])
-        return parts.exchange.combine(rows_ND, routing.weights_TK, sent).view_as(x_BSD), routing
+        home_ND = parts.exchange.bring_home(rows_ND, sent)
+        return sent.choices.weighted_sum(home_ND, routing.weights_TK).view_as(x_BSD), routing
 
 
 class _Parts(nn.Module):

@@ -12,6 +12,7 @@ from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.randomness import token_keys
+from megamoe.moe.ranks import OneRank
 from megamoe.moe.routing import RouterContext, Routing
 from tests.models.builders import VOCABULARY, small_config, small_model
 
@@ -117,20 +118,17 @@ def test_routers_are_told_what_they_may_look_at() -> None:
             contexts.append(context)
             return super().forward(x_BSD, context)
 
-    def on_all_ranks(values: torch.Tensor) -> torch.Tensor:
-        return values
-
+    all_ranks = OneRank()
     moe = MoEConfig(n_experts=4, d_expert=10)
-    model = TransformerXL(
-        small_config(n_layers=3), moe, seed=5, build_moe_layer=Witness, mean_over_ranks=on_all_ranks
-    )
+    model = TransformerXL(small_config(n_layers=3), moe, seed=5, build_moe_layer=Witness, ranks=all_ranks)
     ids_BS = tokens(4)
     output = model(ids_BS, top_k=3, step=17, rows=range(3, 5))
     assert [context.previous for context in contexts] == [None, *output.routings[:2]]
     for context in contexts:
         assert (context.step, context.seed, context.top_k) == (17, 5, 3)
-        assert context.mean_over_ranks is on_all_ranks
+        assert context.ranks is all_ranks
         assert torch.equal(context.token_ids_T, ids_BS.flatten())
+        assert context.sequence_T.tolist() == [0] * 4 + [1] * 4
         assert torch.equal(context.token_keys_T, token_keys(5, 17, range(3, 5), 4).flatten())
 
 

@@ -8,6 +8,10 @@ from megamoe.moe.exchange import LocalExchange, SortedChoices
 EXCHANGE = LocalExchange()
 
 
+def combine(rows_ND, weights_TK, dispatched):
+    return dispatched.choices.weighted_sum(EXCHANGE.bring_home(rows_ND, dispatched), weights_TK)
+
+
 @st.composite
 def choices(draw):
     """Expert ids [T, K] and E: any mix of experts and of -1, repeats included."""
@@ -53,7 +57,7 @@ def test_identity_experts_return_the_input_times_the_sum_of_weights(drawn, dtype
     x_TD = torch.randn(len(ids_TK), 3, generator=generator, dtype=dtype, requires_grad=True)
     weights_TK = (torch.rand(ids_TK.shape, generator=generator, dtype=dtype) * (ids_TK >= 0)).requires_grad_()
     dispatched = EXCHANGE.dispatch(x_TD, ids_TK, n_experts)
-    y_TD = EXCHANGE.combine(dispatched.rows_ND, weights_TK, dispatched)
+    y_TD = combine(dispatched.rows_ND, weights_TK, dispatched)
     torch.testing.assert_close(y_TD, x_TD * weights_TK.sum(1, keepdim=True))
     upstream_TD = torch.randn(x_TD.shape, generator=generator, dtype=dtype)
     y_TD.backward(upstream_TD)
@@ -66,14 +70,14 @@ def test_weights_that_sum_to_one_return_the_input():
     x_TD = torch.randn(64, 16)
     ids_TK = torch.randn(64, 8).topk(3).indices
     dispatched = EXCHANGE.dispatch(x_TD, ids_TK, 8)
-    y_TD = EXCHANGE.combine(dispatched.rows_ND, torch.randn(64, 3).softmax(1), dispatched)
+    y_TD = combine(dispatched.rows_ND, torch.randn(64, 3).softmax(1), dispatched)
     torch.testing.assert_close(y_TD, x_TD)
 
 
 def test_no_choice_at_all_gives_zeros_with_a_gradient():
     x_TD = torch.randn(4, 3, requires_grad=True)
     dispatched = EXCHANGE.dispatch(x_TD, torch.full((4, 2), -1), 5)
-    y_TD = EXCHANGE.combine(dispatched.rows_ND, torch.zeros(4, 2), dispatched)
+    y_TD = combine(dispatched.rows_ND, torch.zeros(4, 2), dispatched)
     y_TD.sum().backward()
     assert dispatched.counts == [0] * 5
     assert torch.equal(y_TD, torch.zeros(4, 3))
@@ -98,7 +102,7 @@ def test_keeps_the_type_of_the_rows(dtype):
     ids_TK = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0]])
     dispatched = EXCHANGE.dispatch(x_TD, ids_TK, 3)
     assert dispatched.rows_ND.dtype == dtype
-    assert EXCHANGE.combine(dispatched.rows_ND, torch.rand(5, 2), dispatched).dtype == dtype
+    assert combine(dispatched.rows_ND, torch.rand(5, 2), dispatched).dtype == dtype
 
 
 def test_weights_and_their_gradient_keep_fp32_where_rows_have_16_bits():

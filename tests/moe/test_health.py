@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from megamoe.moe.health import Churn, routing_health
-from megamoe.moe.routing import Routing, top_k_softmax
+from megamoe.moe.routing import Routing
+from megamoe.moe.selection import top_k_softmax
 
 
-def routed(ids, logits_TE=None, dropped_TK=None):
+def routed(ids, logits_TE=None, wanted_TK=None):
     ids_TK = torch.tensor(ids)
-    return Routing(ids_TK, (ids_TK >= 0).float(), logits_TE, dropped_TK=dropped_TK)
+    return Routing(ids_TK, (ids_TK >= 0).float(), logits_TE, wanted_TK=wanted_TK)
 
 
 def test_balanced_routing():
@@ -47,8 +48,8 @@ def test_choices_never_made_are_no_drops():
     (layer,) = routing_health([routed([[0, -1], [1, -1], [-1, -1], [1, 0]])], 2)
     assert (layer.drop_rate, layer.unrouted) == (0, 0.25)
     assert layer.router_entropy is None
-    dropped_TK = torch.tensor([[False, True], [False, False], [False, False], [False, False]])
-    (layer,) = routing_health([routed([[0, -1], [1, -1], [-1, -1], [1, 0]], None, dropped_TK)], 2)
+    wanted_TK = torch.tensor([[0, 1], [1, -1], [-1, -1], [1, 0]])
+    (layer,) = routing_health([routed([[0, -1], [1, -1], [-1, -1], [1, 0]], None, wanted_TK)], 2)
     assert layer.drop_rate == pytest.approx(1 / 5)
 
 

@@ -5,8 +5,11 @@ import torch
 
 from megamoe.config.schema import MoEConfig, RouterConfig
 from megamoe.errors import ConfigError
-from megamoe.moe.losses import auxiliary_loss, balance_loss, load_shares, z_loss
-from megamoe.moe.routing import Routing, on_one_rank, top_k_softmax
+from megamoe.moe.auxiliary import auxiliary_loss
+from megamoe.moe.losses import balance_loss, load_shares, z_loss
+from megamoe.moe.ranks import ONE_RANK
+from megamoe.moe.routing import Routing
+from megamoe.moe.selection import top_k_softmax
 from tests.oracles import moe as oracle
 
 
@@ -38,7 +41,7 @@ def test_balance_loss_is_one_at_balance_and_e_at_collapse():
 
 def test_mean_of_the_ranks_equals_the_global_batch_exactly():
     logits_TE, routing = routed(n_tokens=32)
-    whole, _ = auxiliary_loss([routing], config(balance_loss=1.0), on_one_rank)
+    whole, _ = auxiliary_loss([routing], config(balance_loss=1.0), ONE_RANK.mean)
     (gradient,) = torch.autograd.grad(whole, logits_TE)
     halves = [logits_TE.detach()[:16].requires_grad_(), logits_TE.detach()[16:].requires_grad_()]
     routings = [top_k_softmax(half, 2) for half in halves]
@@ -64,7 +67,7 @@ def test_z_loss_equals_its_equation():
 
 def test_layers_are_averaged_and_weighted():
     routings = [routed(seed=seed)[1] for seed in range(3)]
-    total, raw = auxiliary_loss(routings, config(balance_loss=0.5, z_loss=0.25), on_one_rank)
+    total, raw = auxiliary_loss(routings, config(balance_loss=0.5, z_loss=0.25), ONE_RANK.mean)
     balance = sum(balance_loss(r.logits_TE, load_shares(r, 4)).item() for r in routings) / 3
     z = sum(z_loss(r.logits_TE).item() for r in routings) / 3
     assert {name: value.item() for name, value in raw.items()} == pytest.approx({"balance": balance, "z": z})
@@ -87,7 +90,7 @@ def test_ranks_talk_once_and_only_for_the_balance_loss():
 
 @pytest.mark.parametrize("routings", [[], [routed()[1]]])
 def test_nothing_in_force_is_zero(routings):
-    total, raw = auxiliary_loss(routings, config(), on_one_rank)
+    total, raw = auxiliary_loss(routings, config(), ONE_RANK.mean)
     assert total.item() == 0
     assert raw == {}
 
@@ -97,4 +100,4 @@ def test_refuses_a_loss_on_logits_that_do_not_exist(field):
     routing = Routing(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1))
     moe = MoEConfig(n_experts=4, router=RouterConfig(name="dense"), **{field: 0.1})
     with pytest.raises(ConfigError, match=f"moe.{field} = 0.1: set it to 0, policy 'dense' has no logits"):
-        auxiliary_loss([routing], moe, on_one_rank)
+        auxiliary_loss([routing], moe, ONE_RANK.mean)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from megamoe.config.schema import MoEConfig, RouterConfig
+from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.moe.layer import MoELayer
-from megamoe.moe.losses import auxiliary_loss
+from megamoe.moe.ranks import ONE_RANK
 from megamoe.moe.routers import router_class
 from megamoe.moe.routers.registry import BUILT_IN
-from megamoe.moe.routing import RouterContext, on_one_rank
+from megamoe.moe.routing import RouterContext
 
 DOCS = Path(__file__).parents[2] / "docs/routers"
 
@@ -50,7 +51,7 @@ def test_the_example_trains_with_its_options_and_its_loss(example):
     moe = MoEConfig(n_experts=4, d_expert=16, router=router)
     layer = MoELayer(8, moe, layer=0, seed=1, dropout=0.0, init_std=0.5)
     y, routing = layer(torch.randn(2, 5, 8), RouterContext(step=0, seed=1, top_k=2))
-    total, raw = auxiliary_loss([routing, routing], moe, on_one_rank)
+    total, raw = auxiliary_loss([routing, routing], moe, ONE_RANK.mean)
     assert layer.router.options.scale == 2
     torch.testing.assert_close(total, 0.5 * routing.weights_TK.mean())
     assert raw.keys() == {"sparsity"}
@@ -62,6 +63,6 @@ def test_a_loss_of_weight_zero_is_left_out(example):
     moe = MoEConfig(n_experts=4, d_expert=16, router=RouterConfig(name="sigmoid"))
     layer = MoELayer(8, moe, layer=0, seed=1, dropout=0.0, init_std=0.5)
     _, routing = layer(torch.randn(2, 5, 8), RouterContext(step=0, seed=1, top_k=2))
-    total, raw = auxiliary_loss([routing], moe, on_one_rank)
+    total, raw = auxiliary_loss([routing], moe, ONE_RANK.mean)
     assert total.item() == 0
     assert raw == {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.moe.utils import is_moe_param
 
-from megamoe.moe.losses import auxiliary_loss
+from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.parallel.engine import Engine, require_equal_buffers
 from megamoe.parallel.launch import World, read_launch, start
 from tests.parallel.runs import (

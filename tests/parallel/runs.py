@@ -10,8 +10,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megamoe.config.load import from_dict, merge
 from megamoe.config.schema import RunConfig
 from megamoe.models.transformer_xl import TransformerXL
-from megamoe.moe.losses import auxiliary_loss
-from megamoe.moe.routing import on_one_rank
+from megamoe.moe.auxiliary import auxiliary_loss
+from megamoe.moe.ranks import ONE_RANK
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.engine import Engine
@@ -75,7 +75,7 @@ def run_plain(run: RunConfig, dtype: torch.dtype = torch.float32) -> Trajectory:
         output = model(ids_BS, targets_BS, memory, step=step)
         memory = output.memory
         loss = output.loss_BS.mean()
-        extra, raw = auxiliary_loss(output.routings, run.moe, on_one_rank)
+        extra, raw = auxiliary_loss(output.routings, run.moe, ONE_RANK.mean)
         optimizer.zero_grad()
         (loss + extra).backward()
         result.losses.append(loss.item())

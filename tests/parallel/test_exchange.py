@@ -50,7 +50,7 @@ def mixture(
     rows_ND = torch.cat([rows @ w for rows, w in zip(chunks, w_EDD.unbind(), strict=True)])
     numbers_T = torch.arange(len(x_TD)) * 3 + 1
     rows_ND = rows_ND * exchange.send_along(numbers_T, dispatched)[:, None] / 22
-    return exchange.combine(rows_ND, weights_TK, dispatched)
+    return dispatched.choices.weighted_sum(exchange.bring_home(rows_ND, dispatched), weights_TK)
 
 
 def outputs_and_gradients(

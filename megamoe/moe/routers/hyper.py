@@ -24,7 +24,8 @@ from torch.nn.functional import linear
 from megamoe.config.schema import option
 from megamoe.errors import ConfigError
 from megamoe.moe.precision import at_least_fp32
-from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing, top_k_softmax
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
+from megamoe.moe.selection import top_k_softmax
 
 
 class HyperRouter(Router):

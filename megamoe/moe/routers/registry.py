@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from megamoe.config.load import build, nearest
-from megamoe.config.schema import RouterConfig
+from megamoe.config.schema import ModelConfig, MoEConfig, RouterConfig
 from megamoe.errors import ConfigError
 from megamoe.moe.routing import LayerSpec, Router
 
@@ -58,16 +58,33 @@ def resolve_options(router: RouterConfig) -> Any:
     return build(router_class(router.name).Options, router.options, "moe.router.")
 
 
-def build_router(
-    router: RouterConfig, d_model: int, n_experts: int, layer: int, seed: int, init_std: float
-) -> Router:
-    """The router of mixture layer `layer`, the same on every rank.
+def build_router(router: RouterConfig, spec: LayerSpec) -> Router:
+    """The router of the mixture layer that `spec` describes, the same on every rank.
 
     Raises:
         ConfigError: as `resolve_options`.
     """
-    spec = LayerSpec(d_model=d_model, n_experts=n_experts, layer=layer, seed=seed, init_std=init_std)
     return router_class(router.name)(spec, resolve_options(router))
+
+
+def build_routers(
+    model: ModelConfig, moe: MoEConfig, seed: int, n_experts: int | None = None
+) -> dict[int, Router]:
+    """The router of every mixture layer of a model by layer, from below, without the model.
+
+    Args:
+        n_experts: experts to route to; `moe.n_experts` by default.
+    """
+    routers: dict[int, Router] = {}
+    below: Router | None = None
+    for layer in moe.layer_indices(model.n_layers):
+        spec = LayerSpec(
+            d_model=model.d_model, n_experts=n_experts or moe.n_experts, d_expert=moe.d_expert, layer=layer,
+            seed=seed, init_std=model.init_std, n_layers=model.n_layers, vocab_size=model.vocab_size,
+            dropout=model.dropout, below=below,
+        )  # fmt: skip
+        routers[layer] = below = build_router(moe.router, spec)
+    return routers
 
 
 def _sources() -> dict[str, EntryPoint]:

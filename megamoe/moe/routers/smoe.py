@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from megamoe.moe.precision import at_least_fp32
-from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing, top_k_softmax
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
+from megamoe.moe.selection import top_k_softmax
 
 
 class SMoERouter(Router):
