@@ -12,6 +12,11 @@ TINY = 1e-10
 """Keeps quotients and logarithms finite, far below any share that matters."""
 
 
+def token_mean(values_TX: torch.Tensor) -> torch.Tensor:
+    """The mean over tokens, dimension 0; 0 for a rank without tokens."""
+    return values_TX.sum(0) / max(values_TX.shape[0], 1)
+
+
 def load_shares(routing: Routing, n_experts: int) -> torch.Tensor:
     """f [E] fp32: the share of this rank's T * K choices that goes to each expert, before capacity."""
     wanted_TK = routing.expert_ids_TK if routing.wanted_TK is None else routing.wanted_TK
@@ -26,7 +31,7 @@ def balance_loss(logits_TE: torch.Tensor, shares_E: torch.Tensor) -> torch.Tenso
 
     Paper: Fedus et al., "Switch Transformers", JMLR 2022, arXiv 2101.03961, eq. 4, for any k.
     """
-    return shares_E.numel() * torch.dot(shares_E.to(logits_TE.dtype), logits_TE.softmax(-1).mean(0))
+    return shares_E.numel() * torch.dot(shares_E.to(logits_TE.dtype), token_mean(logits_TE.softmax(-1)))
 
 
 def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
@@ -34,7 +39,7 @@ def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
 
     Paper: Zoph et al., "ST-MoE", 2022, arXiv 2202.08906, eq. 5.
     """
-    return logits_TE.logsumexp(-1).square().mean()
+    return token_mean(logits_TE.logsumexp(-1).square())
 
 
 def negative_entropy(logits_TE: torch.Tensor, context: RouterContext) -> torch.Tensor:
@@ -46,7 +51,7 @@ def negative_entropy(logits_TE: torch.Tensor, context: RouterContext) -> torch.T
     Paper: Csordas et al., "Approximating Two-Layer Feedforward Networks for Efficient Transformers",
     EMNLP Findings 2023, arXiv 2310.10837, eq. 20.
     """
-    mean_E = context.over_ranks(logits_TE.softmax(-1).mean(0))
+    mean_E = context.over_ranks(token_mean(logits_TE.softmax(-1)))
     return (mean_E * (mean_E + TINY).log()).sum()
 
 

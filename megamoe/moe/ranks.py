@@ -8,6 +8,11 @@ import torch
 class Ranks(Protocol):
     """The data-parallel ranks of a run. Every rank makes the same calls in the same order."""
 
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+        ...
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor that has the same shape on all, without gradient."""
         ...
@@ -19,6 +24,8 @@ class Ranks(Protocol):
 
 class OneRank:
     """The only rank: `Ranks` without communication."""
+
+    world_size = 1
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The values themselves."""

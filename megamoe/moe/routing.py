@@ -155,6 +155,14 @@ class LayerSpec:
         draws = generator(self.seed, self.path(name))
         return nn.init.trunc_normal_(values, std=std, a=-2 * std, b=2 * std, generator=draws)
 
+    def orthogonal(self, name: str, shape: tuple[int, int], gain: float = 1.0) -> torch.Tensor:
+        """fp32 initial values with orthogonal rows, or columns where there are more rows, of norm `gain`."""
+        values = self.normal(name, shape, std=1.0)
+        rows_are_fewer = shape[0] <= shape[1]
+        q, r = torch.linalg.qr(values.t() if rows_are_fewer else values)
+        q = gain * q * r.diagonal().sign()
+        return q.t().contiguous() if rows_are_fewer else q.contiguous()
+
     def generator(self, name: str, *labels: str | int) -> torch.Generator:
         """A CPU generator for what all tokens share: a function of (seed, layer, name, labels) alone."""
         return generator(self.seed, self.path(name), *labels)
@@ -177,9 +185,9 @@ class LayerSpec:
         """fp32 noise [T, width], Gumbel(0, 1): -log(-log u), by inversion of `uniform`."""
         return -(self.uniform(name, context, width) + SMALLEST_UNIFORM).log().neg().log()
 
-    def by_token_id(self, name: str, token_ids_T: torch.Tensor, width: int) -> torch.Tensor:
-        """fp32 [T, width], uniform in [0, 1): a function of (seed, layer, `name`, token id) for ever."""
-        keys_T = at_site(draw(hash_of(self.seed, "token ids"), token_ids_T), self.path(name))
+    def lasting_uniform(self, name: str, numbers_T: torch.Tensor, width: int) -> torch.Tensor:
+        """fp32 [T, width], uniform in [0, 1): a function of (seed, layer, `name`, number) for ever."""
+        keys_T = at_site(draw(hash_of(self.seed, "lasting"), numbers_T), self.path(name))
         return uniform(keys_T, width)
 
 

@@ -3,6 +3,8 @@
 Shapes: T tokens, E experts, K choices per token, B sequences.
 """
 
+from dataclasses import replace
+
 import torch
 
 from megamoe.errors import ConfigError
@@ -79,6 +81,22 @@ def keep_first_come(
     place_N = places(line_N)
     kept_N = by_rank_N.where(place_N < capacity_B[sequence_N], NO_EXPERT)
     return kept_N.view(top_k, n_tokens).t()
+
+
+def within_capacity(routing: Routing, factor: float, context: RouterContext, n_experts: int) -> Routing:
+    """`routing` without the choices that came too late for their expert, see `keep_first_come`.
+
+    Args:
+        factor: of the even share K * T / E of each sequence; 0 keeps all choices.
+    """
+    if factor == 0:
+        return routing
+    ids_TK = routing.expert_ids_TK
+    sequence_T, lengths_B = sequences(context, len(ids_TK), ids_TK.device)
+    capacity_B = capacities(lengths_B, factor, ids_TK.shape[1], n_experts)
+    kept_TK = keep_first_come(ids_TK, capacity_B, sequence_T, n_experts)
+    weights_TK = routing.weights_TK * (kept_TK != NO_EXPERT)
+    return replace(routing, expert_ids_TK=kept_TK, weights_TK=weights_TK, wanted_TK=ids_TK)
 
 
 def places(line_N: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,30 @@ from megamoe.moe.routing import LayerSpec, Router
 ENTRY_POINT_GROUP = "megamoe.routers"
 
 BUILT_IN = {
+    "base": "megamoe.moe.routers.base:BASERouter",
+    "bias_balanced": "megamoe.moe.routers.bias_balanced:BiasBalancedRouter",
+    "clustering": "megamoe.moe.routers.clustering:ClusteringRouter",
+    "compete": "megamoe.moe.routers.compete:CompeteRouter",
+    "cosine": "megamoe.moe.routers.cosine:CosineRouter",
     "dense": "megamoe.moe.routers.dense:DenseRouter",
+    "dts": "megamoe.moe.routers.dts:DTSRouter",
+    "expert_choice": "megamoe.moe.routers.expert_choice:ExpertChoiceRouter",
+    "gshard": "megamoe.moe.routers.gshard:GShardRouter",
+    "hash": "megamoe.moe.routers.hash:HashRouter",
     "hyper": "megamoe.moe.routers.hyper:HyperRouter",
+    "logit_dropout": "megamoe.moe.routers.logit_dropout:LogitDropoutRouter",
+    "noisy": "megamoe.moe.routers.noisy:NoisyTopKRouter",
+    "omni": "megamoe.moe.routers.omni:OmniRouter",
+    "random": "megamoe.moe.routers.random:RandomRouter",
+    "relu": "megamoe.moe.routers.relu:ReLURouter",
+    "sigma": "megamoe.moe.routers.sigma:SigmaRouter",
+    "similarity": "megamoe.moe.routers.similarity:SimilarityRouter",
+    "sinkhorn": "megamoe.moe.routers.sinkhorn:SinkhornRouter",
     "smoe": "megamoe.moe.routers.smoe:SMoERouter",
     "smoe_dropout": "megamoe.moe.routers.smoe_dropout:SMoEDropoutRouter",
+    "stable": "megamoe.moe.routers.stable:StableRouter",
+    "stratified": "megamoe.moe.routers.stratified:StratifiedRouter",
+    "switch": "megamoe.moe.routers.switch:SwitchRouter",
 }
 
 

@@ -9,8 +9,6 @@ Paper: Chen et al., "Sparse MoE as the New Dropout: Scaling Dense and Self-Slimm
 ICLR 2023, arXiv 2303.01610.
 """
 
-from typing import ClassVar
-
 from megamoe.moe.routers.smoe import SMoERouter
 
 
@@ -19,4 +17,4 @@ class SMoEDropoutRouter(SMoERouter):
 
     summary = "frozen random linear router, meant for a growing k"
     paper = "Chen et al., ICLR 2023, arXiv 2303.01610"
-    learned: ClassVar[bool] = False
+    learned = False

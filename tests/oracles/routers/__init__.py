@@ -24,7 +24,7 @@ class Given:
         options: the policy's options.
         training: whether the router is in training mode.
         context: step, seed, top-k, token ids, sequence and domain of each token, routing of the layer below.
-        spec: the layer; its `uniform`, `gaussian`, `gumbel`, `by_token_id` and `generator` give the
+        spec: the layer; its `uniform`, `gaussian`, `gumbel`, `lasting_uniform` and `generator` give the
             policy's random numbers.
         expert: output [D] of expert e for one token [D].
     """

@@ -1,0 +1,46 @@
+"""What most policies start from: one linear score per expert."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.routing import LayerSpec, Router
+
+
+class LinearRouter(Router):
+    """Logits g(x) = x W^T, or x W^T + b, in fp32; subclasses choose by them.
+
+    Class attributes:
+        has_bias: whether there is a b [E], started at 0.
+        learned: whether they are trained; if not, they are fp32 buffers, saved with the model.
+    """
+
+    has_bias: ClassVar[bool] = False
+    learned: ClassVar[bool] = True
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, spec: LayerSpec, options: Any) -> None:
+        super().__init__(spec, options)
+        self._keep("weight", self.initial_weight())
+        if self.has_bias:
+            self._keep("bias", torch.zeros(spec.n_experts))
+
+    def initial_weight(self) -> torch.Tensor:
+        """W [E, D] before training: N(0, init_std^2)."""
+        return self.spec.normal("weight", (self.spec.n_experts, self.spec.d_model))
+
+    def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """g(x) [T, E], at least fp32."""
+        bias_E = at_least_fp32(self.bias) if self.has_bias else None
+        return functional.linear(at_least_fp32(x_TD), at_least_fp32(self.weight), bias_E)
+
+    def _keep(self, name: str, value: torch.Tensor) -> None:
+        if self.learned:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
