@@ -18,9 +18,9 @@ def token_mean(values_TX: torch.Tensor) -> torch.Tensor:
 
 
 def load_shares(routing: Routing, n_experts: int) -> torch.Tensor:
-    """f [E] fp32: the share of this rank's T * K choices that goes to each expert, before capacity."""
+    """f [E]: the share of this rank's T * K choices that goes to each expert, before capacity."""
     wanted_TK = routing.expert_ids_TK if routing.wanted_TK is None else routing.wanted_TK
-    return choices_per_expert(wanted_TK, n_experts).float() / max(wanted_TK.numel(), 1)
+    return choices_per_expert(wanted_TK, n_experts).to(routing.weights_TK.dtype) / max(wanted_TK.numel(), 1)
 
 
 def balance_loss(logits_TE: torch.Tensor, shares_E: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def negative_entropy(logits_TE: torch.Tensor, context: RouterContext) -> torch.T
     EMNLP Findings 2023, arXiv 2310.10837, eq. 20.
     """
     mean_E = context.over_ranks(token_mean(logits_TE.softmax(-1)))
-    return (mean_E * (mean_E + TINY).log()).sum()
+    return (mean_E * mean_E.clamp_min(TINY).log()).sum()
 
 
 def squared_variation(values_E: torch.Tensor) -> torch.Tensor:
@@ -60,4 +60,4 @@ def squared_variation(values_E: torch.Tensor) -> torch.Tensor:
 
     Paper: Shazeer et al., "Outrageously Large Neural Networks", ICLR 2017, arXiv 1701.06538, eq. 7.
     """
-    return values_E.var(correction=0) / (values_E.mean().square() + TINY)
+    return values_E.var(correction=0) / values_E.mean().square().clamp_min(TINY)

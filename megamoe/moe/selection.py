@@ -23,24 +23,32 @@ def check_top_k(top_k: int, n_experts: int) -> None:
         raise ConfigError(f"top_k = {top_k}: give 1 to {n_experts}, the number of experts")
 
 
-def choose(scores_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(
+    scores_TE: torch.Tensor, top_k: int, *, ties: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest scores of each token, largest first, and the experts they belong to, both [T, K].
+
+    Args:
+        ties: equal scores are to be expected, and the lower expert goes first; else their order is open.
 
     Raises:
         ConfigError: see `check_top_k`.
     """
     check_top_k(top_k, scores_TE.shape[-1])
+    if ties:  # costs more
+        sorted_TE, expert_ids_TE = torch.sort(scores_TE, dim=-1, descending=True, stable=True)
+        return sorted_TE[:, :top_k], expert_ids_TE[:, :top_k]
     top_TK, expert_ids_TK = scores_TE.topk(top_k, dim=-1)
     return top_TK, expert_ids_TK
 
 
-def top_k_softmax(logits_TE: torch.Tensor, top_k: int) -> Routing:
+def top_k_softmax(logits_TE: torch.Tensor, top_k: int, *, ties: bool = False) -> Routing:
     """Take the k largest logits of each token; weights are the softmax over those k alone.
 
     Equal to a softmax over all experts renormalised over the chosen ones. At k = 1 the weight is
     exactly 1 and the logits get no gradient from it.
     """
-    top_TK, expert_ids_TK = choose(logits_TE, top_k)
+    top_TK, expert_ids_TK = choose(logits_TE, top_k, ties=ties)
     return Routing(expert_ids_TK, torch.softmax(top_TK, dim=-1), logits_TE)
 
 

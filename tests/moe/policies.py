@@ -10,8 +10,10 @@ import torch
 from megamoe.config.schema import MoEConfig, RouterConfig
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.randomness import token_keys
+from megamoe.moe.ranks import ONE_RANK
 from megamoe.moe.routers.registry import BUILT_IN
 from megamoe.moe.routing import RouterContext, Routing
+from megamoe.moe.updates import update_routers
 from tests.oracles.routers import Decided, Given
 
 B, S, D, E, F, V, N_DOMAINS = 3, 8, 6, 4, 10, 11, 3
@@ -27,7 +29,7 @@ def oracle_cases() -> list[tuple[str, dict[str, Any]]]:
 
 
 def build_layer(name: str, options: dict[str, Any] | None = None, layer: int = 1, **changes: Any) -> MoELayer:
-    """A layer in float64 in which no tensor is zero, so that each of them shows."""
+    """A layer in float64 in which no parameter is zero, after two steps that only its policy learns from."""
     sizes = {"n_experts": E, "d_expert": F} | changes
     moe = MoEConfig(top_k=1, router=RouterConfig(name=name, options=options or {}), **sizes)
     mixture = MoELayer(
@@ -36,7 +38,16 @@ def build_layer(name: str, options: dict[str, Any] | None = None, layer: int = 1
     draws = torch.Generator().manual_seed(8)
     for parameter in mixture.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=draws), alpha=0.2)
+    for step in range(STEP - 1):
+        learn(mixture, tokens(seed=20 + step), context_of(step=step))
     return mixture
+
+
+@torch.no_grad()
+def learn(mixture: MoELayer, x_BSD: torch.Tensor, context: RouterContext) -> None:
+    """What a training step tells the policy outside its gradients."""
+    _, routing = mixture(x_BSD, context)
+    update_routers([mixture.router], [[routing]], ONE_RANK, context.step)
 
 
 def tokens(seed: int = 0) -> torch.Tensor:

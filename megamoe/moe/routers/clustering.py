@@ -109,7 +109,7 @@ def _sums(values_TD: torch.Tensor, cluster_T: torch.Tensor, n_clusters: int) -> 
 
 
 def _means(moments_EX: torch.Tensor) -> torch.Tensor:
-    return moments_EX[:, 1:] / (moments_EX[:, :1] + TINY)
+    return moments_EX[:, 1:] / moments_EX[:, :1].clamp_min(TINY)
 
 
 def tightness(firsts_EX: torch.Tensor, seconds_EX: torch.Tensor, min_share: float) -> torch.Tensor:
@@ -119,4 +119,4 @@ def tightness(firsts_EX: torch.Tensor, seconds_EX: torch.Tensor, min_share: floa
     n_big = big_E1.sum().clamp_min(1)
     raw_ED = big_E1 / (_means(seconds_EX) + SOFTENER)
     raw_ED = raw_ED.clamp_max(LARGEST_WEIGHT * raw_ED.sum() / (n_big * raw_ED.shape[1]))
-    return (raw_ED * n_big / (raw_ED.sum(0) + TINY)).where(big_E1, 1.0)
+    return (raw_ED * n_big / raw_ED.sum(0).clamp_min(TINY)).where(big_E1, 1.0)

@@ -52,7 +52,7 @@ class ExpertChoiceRouter(LinearRouter):
         p_TE = logits_TE.softmax(-1)
         sequence_T, lengths_B = sequences(context, n_tokens, x_TD.device)
         capacity_B = capacities(lengths_B, self.options.capacity, 1, n_experts)
-        order_TE = p_TE.argsort(0, descending=True, stable=True)
+        order_TE = torch.sort(p_TE, dim=0, descending=True, stable=True).indices
         # One line for each expert and sequence, in which the tokens stand from best to worst.
         expert_E = torch.arange(n_experts, device=x_TD.device)
         line_TE = expert_E * len(lengths_B) + sequence_T[order_TE]

@@ -43,4 +43,4 @@ class LogitDropoutRouter(LinearRouter):
         if self.training and drop:
             kept_TE = self.spec.uniform("dropout", context, self.spec.n_experts) >= drop
             logits_TE = logits_TE * kept_TE / (1 - drop)
-        return top_k_softmax(logits_TE, context.top_k)
+        return top_k_softmax(logits_TE, context.top_k, ties=self.training)

@@ -74,4 +74,4 @@ def _chances(
     top_TK = noisy_TE.topk(top_k + 1, dim=-1).values
     chosen_TE = noisy_TE >= top_TK[:, top_k - 1 : top_k]
     threshold_TE = top_TK[:, top_k:].where(chosen_TE, top_TK[:, top_k - 1 : top_k])
-    return torch.special.ndtr((clean_TE - threshold_TE) / (size_TE + TINY))
+    return torch.special.ndtr((clean_TE - threshold_TE) / size_TE.clamp_min(TINY))

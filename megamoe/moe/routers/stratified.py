@@ -58,17 +58,12 @@ class StratifiedRouter(Router):
             raise ConfigError(
                 f"moe.router.strata = {options.strata}: give numbers above 0 that sum to moe.n_experts = {n_experts}"
             )
-        # First expert of each stratum, and the stratum of each expert.
-        self.starts = list(accumulate(strata, initial=0))[:-1]
-        stratum_E = torch.arange(len(strata)).repeat_interleave(torch.tensor(strata))
-        self.register_buffer("stratum_E", stratum_E, persistent=False)
+        self.starts = list(accumulate(strata, initial=0))[:-1]  # first expert of each stratum
         self.gates = nn.ParameterList(
             spec.normal(f"gates.{i}", (n_experts - start, spec.d_model)) for i, start in enumerate(self.starts)
         )
         self.norm_weight = nn.Parameter(torch.ones(len(strata), spec.d_model))
         self.norm_bias = nn.Parameter(torch.zeros(len(strata), spec.d_model))
-
-    stratum_E: torch.Tensor
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """The choices at the first gate."""
@@ -92,13 +87,18 @@ class StratifiedRouter(Router):
             weights_TK = chosen.weights_TK * here_T1
             y_TD = y_TD + mixture.combine(inner_TD.to(x_TD.dtype), ids_TK, weights_TK)
             passes.append(Routing(ids_TK, weights_TK, chosen.logits_TE))
-            gate_T = torch.where(here_T1[:, 0], self.stratum_E[chosen.expert_ids_TK[:, 0]] + 1, gate_T)
+            gate_T = self._next_gate(chosen.expert_ids_TK[:, 0]).where(here_T1[:, 0], gate_T)
         return y_TD, Routing(
             torch.cat([one.expert_ids_TK for one in passes], 1),
             torch.cat([one.weights_TK for one in passes], 1),
             passes[0].logits_TE,
             {"strata": torch.stack(losses).mean()} if losses else {},
         )
+
+    def _next_gate(self, first_T: torch.Tensor) -> torch.Tensor:
+        """The gate above the stratum of each token's first choice, [T]."""
+        upper_starts = torch.tensor(self.starts[1:], device=first_T.device)
+        return 1 + (first_T[:, None] >= upper_starts).sum(-1)
 
     def _normalised(self, gate: int, x_TD: torch.Tensor) -> torch.Tensor:
         gain_D, bias_D = at_least_fp32(self.norm_weight[gate]), at_least_fp32(self.norm_bias[gate])
@@ -122,4 +122,4 @@ class StratifiedRouter(Router):
         p_TV = chosen.logits_TE.softmax(-1)
         at_gate_TX = torch.cat([here_T1, first_TV * here_T1, p_TV * here_T1], 1)
         share, first_V, p_V = context.over_ranks(token_mean(at_gate_TX)).split([1, n_visible, n_visible])
-        return n_visible * torch.dot(first_V, p_V) / (share.square().sum() + TINY)
+        return n_visible * torch.dot(first_V, p_V) / share.square().sum().clamp_min(TINY)

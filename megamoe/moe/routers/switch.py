@@ -65,8 +65,9 @@ class SwitchRouter(LinearRouter):
         options, factor = self.options, self.options.eval_capacity_factor
         if self.training:
             factor = options.capacity_factor
-            noise_TD = self.spec.uniform("jitter", context, self.spec.d_model)
-            x_TD = at_least_fp32(x_TD) * (1 + options.jitter * (2 * noise_TD - 1))
+            x_TD = at_least_fp32(x_TD)
+            noise_TD = self.spec.uniform("jitter", context, self.spec.d_model).to(x_TD.dtype)
+            x_TD = x_TD * (1 + options.jitter * (2 * noise_TD - 1))
         logits_TE = self.logits(x_TD)
         weights_TK, ids_TK = choose(logits_TE.softmax(-1), 1)
         return within_capacity(Routing(ids_TK, weights_TK, logits_TE), factor, context, self.spec.n_experts)
