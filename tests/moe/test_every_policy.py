@@ -130,8 +130,9 @@ def test_a_router_is_a_function_of_seed_and_layer(name):
     torch.manual_seed(1)
     one = build_layer(name).router.state_dict()
     torch.manual_seed(2)
-    again = build_layer(name).router.state_dict()
+    again, other = build_layer(name).router.state_dict(), build_layer(name, layer=2).router.state_dict()
     assert all(torch.equal(one[key], again[key]) for key in one)
+    assert all(not torch.equal(one[key], other[key]) for key in one if "norm" not in key and one[key].any())
 
 
 @pytest.mark.parametrize("name", available())

@@ -8,7 +8,6 @@ from megamoe.config.schema import MoEConfig, RouterConfig
 from megamoe.errors import ConfigError
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.randomness import token_keys
-from megamoe.moe.routers import available
 from megamoe.moe.routing import Router, RouterContext, Routing
 from tests.oracles import moe as oracle
 
@@ -194,25 +193,6 @@ def test_dropout_of_a_token_depends_on_no_other():
     torch.testing.assert_close(part, whole[:, 12:20])
     with pytest.raises(AssertionError, match="token_keys_T"):
         layer(x, RouterContext(step=0, seed=5, top_k=2))
-
-
-@pytest.mark.parametrize("policy", available())
-def test_evaluation_is_deterministic(policy):
-    layer = build(policy, dropout=0.5).eval()
-    x = tokens(40)
-    y, routing = layer(x, context(2, step=1))
-    torch.manual_seed(99)
-    y_again, routing_again = layer(x, context(2, step=2))
-    assert torch.equal(y, y_again)
-    assert torch.equal(routing.expert_ids_TK, routing_again.expert_ids_TK)
-
-
-@pytest.mark.parametrize("policy", available())
-def test_no_name_outside_the_experts_says_expert(policy):
-    names = {name for name, _ in build(policy).named_parameters()} | {
-        name for name, _ in build(policy).named_buffers()
-    }
-    assert not [name for name in names if "expert" in name.removeprefix("experts.")]
 
 
 @pytest.mark.parametrize("top_k", [0, 5])

@@ -73,29 +73,6 @@ def test_options_reach_the_module():
     assert build_router(run.moe.router, LayerSpec(**SIZES)).hypernet_w_out.shape == (36, 6)
 
 
-@pytest.mark.parametrize("name", available())
-def test_later_tokens_do_not_change_earlier_routing(name):
-    modes = {"always": (True, False), "evaluation": (False,), "never": ()}[router_class(name).causal]
-    for mode in modes:
-        router = build(name, init_std=0.5).train(mode)
-        x_TD = torch.randn(20, 8)
-        before = routes(router, x_TD)
-        after = routes(router, torch.cat([x_TD[:12], torch.randn(8, 8) * 50]))
-        assert torch.equal(before.expert_ids_TK[:12], after.expert_ids_TK[:12])
-        torch.testing.assert_close(before.weights_TK[:12], after.weights_TK[:12])
-
-
-@pytest.mark.parametrize("name", available())
-def test_a_router_is_a_function_of_seed_and_layer(name):
-    torch.manual_seed(1)
-    one = build(name, seed=4, layer=2).state_dict()
-    torch.manual_seed(2)
-    again, other = build(name, seed=4, layer=2).state_dict(), build(name, seed=4, layer=3).state_dict()
-    assert all(torch.equal(one[key], again[key]) for key in one)
-    drawn = [key for key in one if torch.count_nonzero(one[key])]
-    assert all(not torch.equal(one[key], other[key]) for key in drawn)
-
-
 @pytest.mark.parametrize(
     "name, options, entropy, std",
     [

@@ -12,6 +12,7 @@ from megamoe.config.schema import RunConfig
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.moe.ranks import ONE_RANK
+from megamoe.moe.updates import update_routers
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.engine import Engine
@@ -41,13 +42,14 @@ def small_run(**sections: Mapping[str, Any]) -> RunConfig:
 
 @dataclass
 class Trajectory:
-    """Per step: loss of the global batch, named auxiliary losses, norm and gradients; weights at the end."""
+    """Per step: loss of the global batch, named auxiliary losses, norm, gradients; in the end weights, buffers."""
 
     losses: list[float] = field(default_factory=list)
     auxiliary: list[dict[str, float]] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -80,12 +82,21 @@ def run_plain(run: RunConfig, dtype: torch.dtype = torch.float32) -> Trajectory:
         (loss + extra).backward()
         result.losses.append(loss.item())
         result.auxiliary.append({name: value.item() for name, value in raw.items()})
-        result.gradients.append({name: p.grad.float().clone() for name, p in model.named_parameters()})
+        result.gradients.append({name: _or_zeros(p.grad, p) for name, p in model.named_parameters()})
+        for parameter in model.parameters():  # as DeepSpeed, which knows no missing gradients
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         clip = run.training.grad_clip or float("inf")
         result.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
         optimizer.step()
+        update_routers([layer.router for layer in model.moe_layers], [output.routings], ONE_RANK, step)
+    result.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return result
+
+
+def _or_zeros(gradient: torch.Tensor | None, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy in fp32; zeros for a parameter that took no part in the step."""
+    return torch.zeros_like(parameter).float() if gradient is None else gradient.float().clone()
 
 
 def _decays(name: str, parameter: torch.nn.Parameter) -> bool:
@@ -105,7 +116,7 @@ def run_engine(run: RunConfig, ds: Mapping[str, Any], world: World) -> tuple[Tra
     result = Trajectory()
     memories: list[Any] = [None] * engine.micro_batches
     for step in range(STEPS):
-        losses, raws = [], []
+        losses, raws, routings = [], [], []
         for i in range(engine.micro_batches):
             rows = engine.micro_batch_rows(i)
             rows_BN = batch(step)[rows.start : rows.stop]
@@ -114,14 +125,17 @@ def run_engine(run: RunConfig, ds: Mapping[str, Any], world: World) -> tuple[Tra
             extra, raw = auxiliary_loss(output.routings, run.moe, world.mean)
             losses.append(output.loss_BS.mean())
             raws.append(raw)
+            routings.append(output.routings)
             engine.backward(losses[-1] + extra)
         result.losses.append(world.mean(torch.stack(losses).mean()).item())
         means = {name: torch.stack([raw[name] for raw in raws]).mean() for name in raws[0]}
         result.auxiliary.append({name: world.mean(value).item() for name, value in means.items()})
         result.gradients.append(
-            {name: safe_get_full_grad(p).clone() for name, p in engine.model.named_parameters()}
+            {name: _or_zeros(safe_get_full_grad(p), p) for name, p in engine.model.named_parameters()}
         )
         result.norms.append(engine.step().grad_norm)
+        update_routers([layer.router for layer in engine.model.moe_layers], routings, world, step)
+    result.buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     result.weights = {name: full_weight(p) for name, p in engine.model.named_parameters()}
     return result, engine
 
@@ -149,6 +163,7 @@ def deviations(mine: Trajectory, reference: Trajectory, engine: Engine) -> dict[
             largest_difference(a, b, engine) for a, b in zip(mine.gradients, reference.gradients, strict=True)
         ),
         "weight": largest_difference(mine.weights, reference.weights, engine, relative=False),
+        "buffer": largest_difference(mine.buffers, reference.buffers, engine),
     }  # fmt: skip
 
 

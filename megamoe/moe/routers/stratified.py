@@ -62,8 +62,7 @@ class StratifiedRouter(Router):
         self.gates = nn.ParameterList(
             spec.normal(f"gates.{i}", (n_experts - start, spec.d_model)) for i, start in enumerate(self.starts)
         )
-        self.norm_weight = nn.Parameter(torch.ones(len(strata), spec.d_model))
-        self.norm_bias = nn.Parameter(torch.zeros(len(strata), spec.d_model))
+        self.norms = nn.ModuleList(nn.LayerNorm(spec.d_model) for _ in strata)
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """The choices at the first gate."""
@@ -101,7 +100,7 @@ class StratifiedRouter(Router):
         return 1 + (first_T[:, None] >= upper_starts).sum(-1)
 
     def _normalised(self, gate: int, x_TD: torch.Tensor) -> torch.Tensor:
-        gain_D, bias_D = at_least_fp32(self.norm_weight[gate]), at_least_fp32(self.norm_bias[gate])
+        gain_D, bias_D = map(at_least_fp32, self.norms[gate].parameters())
         return functional.layer_norm(at_least_fp32(x_TD), gain_D.shape, gain_D, bias_D)
 
     def _choose(self, gate: int, x_TD: torch.Tensor, top_k: int) -> Routing:

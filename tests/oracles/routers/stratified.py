@@ -17,7 +17,7 @@ def route(given: Given) -> Decided:
         here = [t for t in range(given.n_tokens) if gates[t] == gate]
         firsts, total = [], [0.0] * len(visible)
         for t in here:
-            inner = layer_norm(xs[t], given.state["norm_weight"][gate], given.state["norm_bias"][gate])
+            inner = layer_norm(xs[t], given.state[f"norms.{gate}.weight"], given.state[f"norms.{gate}.bias"])
             p = softmax([dot(row, inner) for row in given.state[f"gates.{gate}"]])
             chosen = largest(torch.stack(p), min(given.top_k, len(visible)))
             xs[t] = xs[t] + sum(p[v] * given.expert(first + v, inner) for v in chosen)
