@@ -28,13 +28,17 @@ def oracle_cases() -> list[tuple[str, dict[str, Any]]]:
     return [(name, options) for name in BUILT_IN for options in getattr(oracle(name), "CASES", [{}])]
 
 
-def build_layer(name: str, options: dict[str, Any] | None = None, layer: int = 1, **changes: Any) -> MoELayer:
-    """A layer in float64 in which no parameter is zero, after two steps that only its policy learns from."""
-    sizes = {"n_experts": E, "d_expert": F} | changes
-    moe = MoEConfig(top_k=1, router=RouterConfig(name=name, options=options or {}), **sizes)
-    mixture = MoELayer(
+def fresh_layer(name: str, options: dict[str, Any] | None = None, layer: int = 1) -> MoELayer:
+    router = RouterConfig(name=name, options=options or {})
+    moe = MoEConfig(n_experts=E, d_expert=F, top_k=1, router=router)
+    return MoELayer(
         D, moe, layer=layer, seed=5, dropout=0.0, init_std=0.5, n_layers=2, vocab_size=V, n_domains=N_DOMAINS
-    ).double()
+    )
+
+
+def build_layer(name: str, options: dict[str, Any] | None = None) -> MoELayer:
+    """A layer in float64 in which no parameter is zero, after two steps that only its policy learns from."""
+    mixture = fresh_layer(name, options).double()
     draws = torch.Generator().manual_seed(8)
     for parameter in mixture.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=draws), alpha=0.2)
