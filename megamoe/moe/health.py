@@ -27,6 +27,7 @@ class LayerHealth:
         dead: experts that got no token.
         drop_rate: share of the choices that the policy gave up again for lack of capacity.
         unrouted: share of tokens that reached no expert at all.
+        choices: experts that a token reached on average, which not all policies keep at k.
     """
 
     load: tuple[float, ...]
@@ -37,6 +38,7 @@ class LayerHealth:
     dead: int
     drop_rate: float
     unrouted: float
+    choices: float
 
 
 def routing_health(
@@ -100,6 +102,7 @@ def _layer_health(sums: torch.Tensor, has_logits: bool) -> LayerHealth:
         dead=int((counts_E == 0).sum()),
         drop_rate=dropped / max(made + dropped, 1),
         unrouted=unrouted / n_tokens,
+        choices=made / n_tokens,
     )
 
 

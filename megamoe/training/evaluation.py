@@ -131,6 +131,20 @@ def top_ks_to_score(run: RunConfig, wanted: Iterable[int]) -> tuple[int, ...]:
     return tuple(kept)
 
 
+def require_causal(run: RunConfig) -> None:
+    """Refuse to score a language model whose routing looks ahead, unless the run says that this is known.
+
+    Raises:
+        ConfigError: the policy is causal in no mode, and `evaluation.allow_noncausal` is off.
+    """
+    looks_ahead = router_class(run.moe.router.name).causal == "never"
+    if looks_ahead and not run.task.name and not run.evaluation.allow_noncausal:
+        raise ConfigError(
+            f"moe.router.name = {run.moe.router.name!r}: its choices depend on later tokens, so its figures are"
+            " no language model's; take another policy, or set evaluation.allow_noncausal=true"
+        )
+
+
 def evaluation_span(run: RunConfig) -> AttentionSpan:
     """What attention sees at evaluation; `evaluation.memory_len = auto` keeps the span of training.
 

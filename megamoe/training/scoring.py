@@ -14,7 +14,7 @@ from megamoe.data.sentences import SentenceSet, tokenize
 from megamoe.errors import CheckpointError, ConfigError, DataError
 from megamoe.parallel.launch import Launch
 from megamoe.training.accuracy import evaluate_sentences
-from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
+from megamoe.training.evaluation import Evaluation, evaluate, require_causal, top_ks_to_score
 from megamoe.training.session import agree, joined, load_checked_corpus, require_same_tokens
 
 OF_TRAINING = ("every", "max_tokens")
@@ -46,6 +46,7 @@ def score(
     """
     reader = CheckpointReader(locate(checkpoint))
     run = _with_overrides(reader.config, overrides)
+    require_causal(run)
     top_ks = top_ks_to_score(run, run.evaluation.top_ks)
     with joined(launch) as world:
         text = agree(world, lambda: _read_text(run, reader, split))

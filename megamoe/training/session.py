@@ -30,7 +30,7 @@ from megamoe.parallel.tie import tied
 from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
-from megamoe.training.evaluation import evaluation_span, top_ks_to_score
+from megamoe.training.evaluation import evaluation_span, require_causal, top_ks_to_score
 from megamoe.training.lock import RunLock
 from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.trainer import Trainer
@@ -74,6 +74,7 @@ def conduct(
     """
     ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
     resolve_options(run.moe.router)
+    require_causal(run)
     top_ks_to_score(run, run.evaluation.top_ks)
     evaluation_span(run)
     folder = RunFolder.of(run)
