@@ -23,9 +23,7 @@ def check_top_k(top_k: int, n_experts: int) -> None:
         raise ConfigError(f"top_k = {top_k}: give 1 to {n_experts}, the number of experts")
 
 
-def choose(
-    scores_TE: torch.Tensor, top_k: int, *, ties: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(scores_TE: torch.Tensor, top_k: int, *, ties: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest scores of each token, largest first, and the experts they belong to, both [T, K].
 
     Args:

@@ -140,8 +140,8 @@ def require_causal(run: RunConfig) -> None:
     looks_ahead = router_class(run.moe.router.name).causal == "never"
     if looks_ahead and not run.task.name and not run.evaluation.allow_noncausal:
         raise ConfigError(
-            f"moe.router.name = {run.moe.router.name!r}: its choices depend on later tokens, so its figures are"
-            " no language model's; take another policy, or set evaluation.allow_noncausal=true"
+            f"moe.router.name = {run.moe.router.name!r}: its choices depend on later tokens, so its figures"
+            " are no language model's; take another policy, or set evaluation.allow_noncausal=true"
         )
 
 

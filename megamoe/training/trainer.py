@@ -195,8 +195,7 @@ class Trainer:
     def _train_step(self) -> StepRecord:
         """One optimizer step: forward and backward passes of all micro-batches, then the update."""
         run, engine = self.run, self.engine
-        scheduled = top_k_at(run.moe.schedule, run.moe.top_k, self.step, run.training.max_steps)
-        top_k = router_class(run.moe.router.name).experts_per_token(scheduled, run.moe.n_experts)
+        top_k = top_k_at(run.moe.schedule, run.moe.top_k, self.step, run.training.max_steps)
         lr = learning_rate(run.optimizer, self.step, run.training.max_steps, self.plateau)
         engine.set_learning_rate(lr)
         batch = self.stream.batch(self.step)
@@ -220,10 +219,14 @@ class Trainer:
         n_tokens = self._n_tokens(batch)
         self.tokens += n_tokens
         return StepRecord(
-            step=self.step, lr=lr, top_k=top_k, loss=torch.stack(losses).mean(),
+            step=self.step, lr=lr, top_k=self._experts_per_token(top_k), loss=torch.stack(losses).mean(),
             auxiliary=_mean_by_name(auxiliaries), grad_norm=result.grad_norm, skipped=result.skipped,
             tokens=n_tokens, routings=micro_batches[-1],
         )  # fmt: skip
+
+    def _experts_per_token(self, top_k: int) -> int:
+        moe = self.run.moe
+        return router_class(moe.router.name).experts_per_token(top_k, moe.n_experts)
 
     def _n_tokens(self, batch: Any) -> int:
         """Tokens of a batch over all ranks."""

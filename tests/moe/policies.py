@@ -110,7 +110,9 @@ def apply_oracle(
     x_TD = x_BSD.detach().flatten(0, 1).clone().requires_grad_()
 
     def expert(e: int, token: torch.Tensor) -> torch.Tensor:
-        w_in, b_in, w_out, b_out = (leaves[f"experts.{leaf}"][e] for leaf in ("w_in", "b_in", "w_out", "b_out"))
+        w_in, b_in, w_out, b_out = (
+            leaves[f"experts.{leaf}"][e] for leaf in ("w_in", "b_in", "w_out", "b_out")
+        )
         return w_out @ torch.clamp(w_in @ token + b_in, min=0) + b_out
 
     router = mixture.router

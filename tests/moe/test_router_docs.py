@@ -50,7 +50,7 @@ def test_the_example_trains_with_its_options_and_its_loss(example):
     router = RouterConfig(name="sigmoid", options={"scale": "2", "sparsity_loss": "0.5"})
     moe = MoEConfig(n_experts=4, d_expert=16, router=router)
     layer = MoELayer(8, moe, layer=0, seed=1, dropout=0.0, init_std=0.5)
-    y, routing = layer(torch.randn(2, 5, 8), RouterContext(step=0, seed=1, top_k=2))
+    y, routing = layer(torch.randn(2, 50, 8), RouterContext(step=0, seed=1, top_k=2))
     total, raw = auxiliary_loss([routing, routing], moe, ONE_RANK.mean)
     assert layer.router.options.scale == 2
     torch.testing.assert_close(total, 0.5 * routing.weights_TK.mean())

@@ -91,7 +91,9 @@ def policy_runs() -> dict[str, RunConfig]:
     # A seed with which no choice is so close that the order of a sum decides it.
     run = small_run(moe={"n_experts": 4, "balance_loss": "auto", "z_loss": 0.0}, training={"seed": SEED})
     return {
-        f"{name} {options}": replace(run, moe=replace(run.moe, router=RouterConfig(name=name, options=options)))
+        f"{name} {options}": replace(
+            run, moe=replace(run.moe, router=RouterConfig(name=name, options=options))
+        )
         for name, options in oracle_cases()
     }
 

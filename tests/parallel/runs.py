@@ -42,7 +42,7 @@ def small_run(**sections: Mapping[str, Any]) -> RunConfig:
 
 @dataclass
 class Trajectory:
-    """Per step: loss of the global batch, named auxiliary losses, norm, gradients; in the end weights, buffers."""
+    """Per step: loss of the global batch, named auxiliary losses, norm, gradients; then weights, buffers."""
 
     losses: list[float] = field(default_factory=list)
     auxiliary: list[dict[str, float]] = field(default_factory=list)

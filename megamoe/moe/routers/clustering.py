@@ -78,7 +78,7 @@ class ClusteringRouter(LinearRouter):
                     seen = self._moments_of(x_TD, cluster_T, moments, context)
                     statistics = seen.flatten()
                     moments = seen if self.options.stats == "batch" else moments
-                scales_ED = tightness(*moments.unbind(), self.options.min_share)
+                scales_ED = tightness(moments[0], moments[1], self.options.min_share)
             scaled_TD = x_TD * scales_ED[cluster_T]
         directions_ED = functional.normalize(at_least_fp32(self.weight), dim=-1)
         routing = top_k_softmax(functional.linear(scaled_TD, directions_ED), context.top_k)

@@ -70,7 +70,9 @@ class GShardRouter(LinearRouter):
         shares_E = context.ranks.mean(load_shares(Routing(ids_TK[:, :1], weights_TK[:, :1]), n_experts))
         losses = {"first_choice": balance_loss(logits_TE, shares_E)}
         chance_T1 = self.spec.uniform("second choice", context, 1)
-        kept_TK = torch.cat([torch.ones_like(chance_T1, dtype=torch.bool), chance_T1 < 2 * weights_TK[:, 1:]], 1)
+        kept_TK = torch.cat(
+            [torch.ones_like(chance_T1, dtype=torch.bool), chance_T1 < 2 * weights_TK[:, 1:]], 1
+        )
         ids_TK, weights_TK = ids_TK.where(kept_TK, NO_EXPERT), weights_TK * kept_TK
         drawn = Routing(ids_TK, weights_TK, logits_TE, losses)
         return within_capacity(drawn, self.options.capacity_factor, context, n_experts)

@@ -56,7 +56,9 @@ class NoisyTopKRouter(LinearRouter):
         clean_TE = self.logits(x_TD)
         if not self.training:
             return top_k_softmax(clean_TE, context.top_k)
-        size_TE = functional.softplus(functional.linear(at_least_fp32(x_TD), at_least_fp32(self.noise_weight)))
+        size_TE = functional.softplus(
+            functional.linear(at_least_fp32(x_TD), at_least_fp32(self.noise_weight))
+        )
         noisy_TE = clean_TE + self.spec.gaussian("noise", context, self.spec.n_experts) * size_TE
         routing = top_k_softmax(noisy_TE, context.top_k)
         weights_TE = torch.zeros_like(noisy_TE).scatter(1, routing.expert_ids_TK, routing.weights_TK)

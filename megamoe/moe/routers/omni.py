@@ -51,7 +51,7 @@ class OmniRouter(Router):
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest probabilities of the shared router."""
-        logits_TE = functional.linear(at_least_fp32(x_TD), at_least_fp32(self.owner.weight))
+        logits_TE = functional.linear(at_least_fp32(x_TD), at_least_fp32(self.owner.get_parameter("weight")))
         if self.training and self.options.noise:
             noise_TE = self.spec.gaussian("noise", context, self.spec.n_experts)
             logits_TE = logits_TE + self.options.noise * noise_TE

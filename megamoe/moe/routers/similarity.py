@@ -103,7 +103,7 @@ class SimilarityRouter(SMoERouter):
             both_NXP = meets_TPK[shared_T].to(projected_TKP.dtype) @ projected_TKP[shared_T]
             both_NXP = of_all_ranks(both_NXP, ranks)[:MOST_TOKENS]
             if len(both_NXP) >= FEWEST_TOKENS:
-                value = cka(*both_NXP.unbind(1), self.options.kernel, self.options.sigma)
+                value = cka(both_NXP[:, 0], both_NXP[:, 1], self.options.kernel, self.options.sigma)
                 total = total + value * (value.detach() > self.options.threshold)
         return total
 

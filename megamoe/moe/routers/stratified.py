@@ -42,7 +42,9 @@ class StratifiedRouter(Router):
     class Options:
         """Options of `StratifiedRouter`."""
 
-        strata: tuple[int, ...] = option((), "experts of each stratum, from the lowest; empty: E/4 and the rest")
+        strata: tuple[int, ...] = option(
+            (), "experts of each stratum, from the lowest; empty: E/4 and the rest"
+        )
         strata_loss: float = option(0.01, "weight of the balance loss of the gates")
 
         def __post_init__(self) -> None:
@@ -56,11 +58,13 @@ class StratifiedRouter(Router):
         strata = options.strata or tuple(n for n in (quarter, n_experts - quarter) if n)
         if min(strata) < 1 or sum(strata) != n_experts:
             raise ConfigError(
-                f"moe.router.strata = {options.strata}: give numbers above 0 that sum to moe.n_experts = {n_experts}"
+                f"moe.router.strata = {options.strata}: give numbers above 0 that sum to moe.n_experts ="
+                f" {n_experts}"
             )
         self.starts = list(accumulate(strata, initial=0))[:-1]  # first expert of each stratum
         self.gates = nn.ParameterList(
-            spec.normal(f"gates.{i}", (n_experts - start, spec.d_model)) for i, start in enumerate(self.starts)
+            spec.normal(f"gates.{i}", (n_experts - start, spec.d_model))
+            for i, start in enumerate(self.starts)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(spec.d_model) for _ in strata)
 

@@ -102,7 +102,9 @@ def linear_logits(given: Given) -> list[torch.Tensor]:
     """x W^T + b of each token, [E]; b only where the router has one."""
     weight_ED, bias_E = given.state["weight"], given.state.get("bias")
     return [
-        torch.stack([dot(row, token) + (0 if bias_E is None else bias_E[e]) for e, row in enumerate(weight_ED)])
+        torch.stack(
+            [dot(row, token) + (0 if bias_E is None else bias_E[e]) for e, row in enumerate(weight_ED)]
+        )
         for token in given.x_TD
     ]
 

@@ -36,6 +36,8 @@ def tightness(shares, deviations, min_share):
     big = [e for e, s in enumerate(shares) if s >= min_share and deviations[e] is not None]
     raw = {e: 1 / (deviations[e] + 1e-4) for e in big}
     limit = 10 * sum(row.sum().item() for row in raw.values()) / sum(row.numel() for row in raw.values())
-    raw = {e: torch.tensor([min(v, limit) for v in row.tolist()], dtype=torch.double) for e, row in raw.items()}
+    raw = {
+        e: torch.tensor([min(v, limit) for v in row.tolist()], dtype=torch.double) for e, row in raw.items()
+    }
     mean = sum(raw.values()) / len(raw)
     return [raw[e] / mean if e in raw else None for e in range(len(shares))]
