@@ -15,6 +15,7 @@ from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, total_bytes
 from megamoe.moe.routers import build_routers
 from megamoe.moe.routers.hyper import HyperRouter
+from megamoe.moe.routing import Router
 
 SUMMARY = (
     "Write the model as plain safetensors with config.json, tokenizer and model card. A router that is"
@@ -71,24 +72,23 @@ def generated_routers(tensors: list[LazyTensor], config: RunConfig) -> Iterator[
     """Weight [E, D] and bias [E], fp32, of every router that a hypernetwork generates."""
     by_name = {tensor.name: tensor for tensor in tensors}
     E, D = config.moe.n_experts, config.model.d_model
-    for layer in config.moe.layer_indices(config.model.n_layers):
-        router = _empty_router(config, layer)
+    for router in _empty_routers(config).values():
         if not isinstance(router, HyperRouter):
             continue
-        prefix = f"layers.{layer}.moe.router"
-        sources = {name: by_name[f"{prefix}.{name}"] for name in router.state_dict()}
         for index, (leaf, shape) in enumerate({"weight": (E, D), "bias": (E,)}.items()):
-            load = partial(_generate, config, layer, sources, index)
-            yield LazyTensor("buffer", f"{prefix}.{leaf}", shape, "float32", load)
+            load = partial(_generate, config, router.spec.layer, by_name, index)
+            yield LazyTensor("buffer", router.spec.path(leaf), shape, "float32", load)
 
 
-def _generate(config: RunConfig, layer: int, sources: Mapping[str, LazyTensor], index: int) -> torch.Tensor:
-    router = _empty_router(config, layer)
-    router.load_state_dict({name: source.checked() for name, source in sources.items()}, assign=True)
+def _generate(config: RunConfig, layer: int, by_name: Mapping[str, LazyTensor], index: int) -> torch.Tensor:
+    router: Any = _empty_routers(config)[layer]
+    for part in {router, router.owner}:
+        tensors = {name: by_name[part.spec.path(name)].checked() for name in part.state_dict()}
+        part.load_state_dict(tensors, assign=True)
     with torch.no_grad():
         return router.generate()[index].contiguous()
 
 
-def _empty_router(config: RunConfig, layer: int) -> Any:
+def _empty_routers(config: RunConfig) -> dict[int, Router]:
     with torch.device("meta"):
-        return build_routers(config.model, config.moe, config.training.seed)[layer]
+        return build_routers(config.model, config.moe, config.training.seed)

@@ -249,6 +249,13 @@ class Router(nn.Module, ABC):
             self._owner = (self.spec.below.owner,)
         return is_owner
 
+    def keep(self, name: str, value: torch.Tensor, learned: bool) -> None:
+        """Own `value` as the trained parameter `name`, or else as a buffer: saved, and never in 16 bits."""
+        if learned:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
     @classmethod
     def experts_per_token(cls, top_k: int, n_experts: int) -> int:
         """Experts that a token gets in evaluation where `top_k` are asked for; not all policies follow."""

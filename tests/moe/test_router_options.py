@@ -42,6 +42,9 @@ PROBES: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("gshard", "first_choice_loss", 0.5, {}),
     ("hash", "", None, {}),
     ("hyper", "hyper_size", 5, {}),
+    ("hyper", "shared", True, {}),
+    ("hyper", "learned", True, {}),
+    ("hyper", "start_std", 0.1, {}),
     ("logit_dropout", "drop", 0.1, {}),
     ("noisy", "importance_loss", 0.5, {}),
     ("noisy", "load_loss", 0.5, {}),
@@ -75,7 +78,7 @@ PROBES: list[tuple[str, str, Any, dict[str, Any]]] = [
 
 
 def figures(name: str, options: dict[str, Any]) -> list[float]:
-    """Losses of two layers over a few steps in training, outputs, and outputs in evaluation."""
+    """Trained numbers, losses of two layers over a few steps in training, outputs, and outputs in evaluation."""
     router = RouterConfig(name=name, options=options)
     moe = MoEConfig(n_experts=E, d_expert=F, top_k=2, router=router, balance_loss=0.0)
     layers: list[MoELayer] = []
@@ -86,7 +89,7 @@ def figures(name: str, options: dict[str, Any]) -> list[float]:
                 D, moe, layer=depth, seed=5, dropout=0.0, init_std=0.5, below=below, n_layers=2, vocab_size=V
             ).double()
         )
-    found = []
+    found = [sum(p.numel() for layer in layers for p in layer.parameters())]
     for step in range(6):
         context = context_of(step=step)
         routings = []

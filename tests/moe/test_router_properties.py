@@ -166,6 +166,22 @@ def test_a_router_of_all_layers_is_owned_once():
     assert torch.count_nonzero(one.moe_layers[0].router.weight.grad)
 
 
+def test_one_hypernetwork_serves_all_layers():
+    run = small_run(model={"n_layers": 3, "vocab_size": 11})
+    options = {"shared": True, "hyper_size": 8, "start_std": 0.05}
+    model = TransformerXL(run.model, replace(run.moe, router=RouterConfig(options=options)), seed=1)
+    routers = [layer.router for layer in model.moe_layers]
+    buffers = [name for name, _ in model.named_buffers() if "hypernet" in name]
+    assert len(buffers) == 4
+    assert all(name.startswith("layers.0.") for name in buffers)
+    weights = [router.generate()[0] for router in routers]
+    assert weights[0].std().item() == pytest.approx(0.05)
+    assert not torch.allclose(weights[0], weights[1])
+    weights[2].square().sum().backward()
+    assert torch.count_nonzero(routers[2].embedding.grad)
+    assert routers[0].embedding.grad is None
+
+
 def test_experts_that_choose_are_balanced():
     for name in ("expert_choice", "base"):
         routing = route(build_layer(name).router, flat())

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from megamoe.moe.precision import at_least_fp32
@@ -26,9 +25,9 @@ class LinearRouter(Router):
 
     def __init__(self, spec: LayerSpec, options: Any) -> None:
         super().__init__(spec, options)
-        self._keep("weight", self.initial_weight())
+        self.keep("weight", self.initial_weight(), self.learned)
         if self.has_bias:
-            self._keep("bias", torch.zeros(spec.n_experts))
+            self.keep("bias", torch.zeros(spec.n_experts), self.learned)
 
     def initial_weight(self) -> torch.Tensor:
         """W [E, D] before training: N(0, init_std^2)."""
@@ -38,9 +37,3 @@ class LinearRouter(Router):
         """g(x) [T, E], at least fp32."""
         bias_E = at_least_fp32(self.bias) if self.has_bias else None
         return functional.linear(at_least_fp32(x_TD), at_least_fp32(self.weight), bias_E)
-
-    def _keep(self, name: str, value: torch.Tensor) -> None:
-        if self.learned:
-            self.register_parameter(name, nn.Parameter(value))
-        else:
-            self.register_buffer(name, value)

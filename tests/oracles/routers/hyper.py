@@ -3,7 +3,7 @@ import torch
 from tests.oracles.moe import generated_router
 from tests.oracles.routers import Decided, Given, dot, top_k_softmax
 
-CASES = [{}, {"hyper_size": 5}]
+CASES = [{}, {"hyper_size": 5}, {"learned": True, "hyper_size": 5}, {"start_std": 0.3, "shared": True}]
 
 
 def route(given: Given) -> Decided:
