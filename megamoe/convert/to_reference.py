@@ -10,12 +10,13 @@ import torch
 
 from megamoe.checkpoint.format import MOMENTS
 from megamoe.checkpoint.state import TrainingState
-from megamoe.config.schema import ModelConfig, OptimizerConfig
+from megamoe.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from megamoe.convert.neutral import open_neutral
 from megamoe.convert.neutral_writer import new_folder
 from megamoe.convert.progress import progress
 from megamoe.convert.tensors import LazyTensor, lazy, total_bytes
 from megamoe.convert.torch_writer import write_torch_file
+from megamoe.errors import CheckpointError
 from megamoe.models.attention import inverse_frequencies
 from megamoe.models.reference_names import (
     FREQUENCIES,
@@ -24,6 +25,9 @@ from megamoe.models.reference_names import (
     optimizer_order,
     published_name,
 )
+from megamoe.moe.routers import resolve_options
+
+PUBLISHED_ROUTERS = ("dense", "hyper", "smoe", "smoe_dropout")
 
 SUMMARY = """\
 Write model.pt, a plain state dict under the published names, and optimizer.pt, the state of Adam with
@@ -47,6 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert."""
     tensors, config, state = open_neutral(args.input)
+    _require_published_router(config)
     model = published_state(tensors, config.model)
     moments = [tensor for tensor in tensors if tensor.kind in MOMENTS]
     written = [tensor for tensor in tensors if tensor.kind != "memory"]
@@ -58,6 +63,22 @@ def run(args: argparse.Namespace) -> int:
             write_torch_file(unfinished / "optimizer.pt", adam, progress=shown)
     print(f"{args.output}: model.pt{' and optimizer.pt' if moments else ', no moments for an optimizer.pt'}")
     return 0
+
+
+def _require_published_router(config: RunConfig) -> None:
+    """Refuse a router that the published program would take for another, or has no gate for."""
+    router = config.moe.router
+    if not config.moe.layer_indices(config.model.n_layers):
+        return
+    if router.name not in PUBLISHED_ROUTERS:
+        raise CheckpointError(
+            f"moe.router.name = {router.name!r}: the published program has no such gate; it has those of"
+            f" {', '.join(PUBLISHED_ROUTERS)}"
+        )
+    if getattr(resolve_options(router), "shared", False):
+        raise CheckpointError(
+            "moe.router.shared = True: each published gate has its own hypernetwork; nothing to convert to"
+        )
 
 
 def published_state(tensors: Iterable[LazyTensor], model: ModelConfig) -> dict[str, LazyTensor]:

@@ -202,7 +202,7 @@ class Router(nn.Module, ABC):
     Class attributes:
         summary: one line for `megamoe routers`.
         paper: where the policy was published.
-        cost: what it costs relative to plain top-k routing.
+        cost: what its experts compute, relative to plain routing to k experts.
         causal: when a token's routing is independent of later tokens: "always", in "evaluation" alone,
             or "never", and then it is no language model.
         balance_loss: what ``moe.balance_loss=auto`` means for it, in units of a loss that is 1 at balance.
@@ -216,7 +216,7 @@ class Router(nn.Module, ABC):
 
     summary: ClassVar[str]
     paper: ClassVar[str]
-    cost: ClassVar[str] = "the same"
+    cost: ClassVar[str] = "1"
     causal: ClassVar[Literal["always", "evaluation", "never"]] = "always"
     balance_loss: ClassVar[float] = 0.0
     owns_feed_forward: ClassVar[bool] = False

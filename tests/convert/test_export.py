@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from megamoe import load_model
@@ -17,6 +18,7 @@ from megamoe.config.schema import RouterConfig
 from megamoe.data.tokenizers import ByteTokenizer
 from megamoe.errors import CheckpointError
 from megamoe.models.transformer_xl import TransformerXL
+from megamoe.moe.routers.registry import BUILT_IN
 from megamoe.moe.routing import RouterContext
 from tests.checkpoint.small import model_of, write_model
 from tests.convert.dense import require_same_function
@@ -46,6 +48,27 @@ def test_the_exported_model_is_the_model(tmp_path: Path, checkpoint: Path, size:
     )
     require_same_function(expected, found)
     assert load_tokenizer(tmp_path / "exported").decode([104, 105]) == b"hi"
+
+
+@pytest.mark.parametrize("router", BUILT_IN)
+def test_the_exported_model_of_every_policy_is_the_model(tmp_path: Path, router: str) -> None:
+    options = {"shared": True, "hyper_size": 8} if router == "hyper" else {}
+    config, _ = model_of(model={"init_std": 0.3, "n_layers": 3}, moe={"layers": "all"})
+    config = replace(config, moe=replace(config.moe, router=RouterConfig(name=router, options=options)))
+    original = TransformerXL(config.model, config.moe, seed=1)
+    write_model(tmp_path / "checkpoint", config, original)
+    convert("export", tmp_path / "checkpoint", tmp_path / "exported")
+    found = load_model(tmp_path / "exported")
+    assert all(
+        torch.equal(values, found.state_dict()[name]) for name, values in original.state_dict().items()
+    )
+    require_same_function(load_model(tmp_path / "checkpoint"), found)
+    if router == "hyper":
+        tensors = load_file(tmp_path / "exported" / "model.safetensors")
+        for mixture in original.moe_layers:
+            weight_ED, bias_E = mixture.router.generate()
+            assert_close(tensors[mixture.router.spec.path("weight")], weight_ED.detach())
+            assert_close(tensors[mixture.router.spec.path("bias")], bias_E.detach())
 
 
 @pytest.mark.parametrize("router", ["hyper", "smoe", "smoe_dropout"])

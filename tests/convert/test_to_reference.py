@@ -1,13 +1,16 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megamoe.checkpoint.load import load_model
+from megamoe.config.schema import RouterConfig
 from megamoe.convert.neutral import open_neutral
+from megamoe.models.transformer_xl import TransformerXL
 from tests.checkpoint.small import model_of, write_model
 from tests.convert.published import FOLDER, NAMES, convert_golden, facts
-from tests.convert.tool import convert
+from tests.convert.tool import convert, run_tool
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,3 +64,26 @@ def test_adaptive_tables_and_projections(tmp_path: Path, model: dict[str, object
     assert found.model_config.tie_projections == config.model.tie_projections
     expected = original.state_dict()
     assert all(torch.equal(values, expected[name]) for name, values in found.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (
+            {"name": "switch"},
+            "moe.router.name = 'switch': the published program has no such gate;",
+        ),
+        ({"shared": True, "hyper_size": 8}, "moe.router.shared = True: each published gate has its own"),
+    ],
+)
+def test_a_router_without_counterpart_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], router: dict[str, object], message: str
+) -> None:
+    options = {key: value for key, value in router.items() if key != "name"}
+    config, _ = model_of()
+    moe = replace(config.moe, router=RouterConfig(name=str(router.get("name", "hyper")), options=options))
+    config = replace(config, moe=moe)
+    write_model(tmp_path / "ours", config, TransformerXL(config.model, config.moe, seed=1))
+    assert run_tool("to-reference", tmp_path / "ours", tmp_path / "published") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "published").exists()

@@ -78,7 +78,7 @@ PROBES: list[tuple[str, str, Any, dict[str, Any]]] = [
 
 
 def figures(name: str, options: dict[str, Any]) -> list[float]:
-    """Trained numbers, losses of two layers over a few steps in training, outputs, and outputs in evaluation."""
+    """Trained numbers, losses and outputs of two layers over a few steps in training, then in evaluation."""
     router = RouterConfig(name=name, options=options)
     moe = MoEConfig(n_experts=E, d_expert=F, top_k=2, router=router, balance_loss=0.0)
     layers: list[MoELayer] = []

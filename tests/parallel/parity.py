@@ -98,15 +98,16 @@ def policy_runs() -> dict[str, RunConfig]:
     }
 
 
-def policy_parity(world_size: int, part: int, n_parts: int) -> dict[str, dict[str, float]]:
-    """Deviations of every policy with experts spread over all ranks from plain torch, on this rank."""
+def policy_parity(
+    ep_size: int, stages: tuple[int, ...], part: int, n_parts: int
+) -> dict[str, dict[str, float]]:
+    """Deviations of every policy from plain torch, on this rank; ZeRO stages take turns."""
     world = start(read_launch())
     result = {}
     for index, (key, run) in enumerate(policy_runs().items()):
         if index % n_parts == part:
-            spread = replace(run, moe=replace(run.moe, ep_size=world_size))
-            stage = 1 + index // n_parts % 2
-            ds = {"zero_optimization": {"stage": stage}}
+            spread = replace(run, moe=replace(run.moe, ep_size=ep_size))
+            ds = {"zero_optimization": {"stage": stages[index // n_parts % len(stages)]}}
             trajectory, engine = run_engine(spread, ds, world)
             result[key] = deviations(trajectory, run_plain(run), engine)
     return result

@@ -12,10 +12,16 @@ N_PARTS = 4
 
 
 @pytest.mark.parametrize("part", range(N_PARTS))
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_policy_equals_plain_torch_in_one_process(world_size: int, part: int) -> None:
-    """Loss, auxiliary losses, gradients, their norm, weights and buffers, under ZeRO 1 and 2."""
-    ranks: list[dict[str, Any]] = run_ranks(policy_parity, world_size, world_size, part, N_PARTS)
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "stages"),
+    [(2, 2, (1, 2)), (4, 4, (2, 1)), (2, 1, (3,))],
+    ids=["world2-ep2", "world4-ep4", "world2-zero3"],
+)
+def test_every_policy_equals_plain_torch_in_one_process(
+    world_size: int, ep_size: int, stages: tuple[int, ...], part: int
+) -> None:
+    """Loss, auxiliary losses, gradients, their norm, weights and buffers."""
+    ranks: list[dict[str, Any]] = run_ranks(policy_parity, world_size, ep_size, stages, part, N_PARTS)
     assert list(ranks[0]) == list(policy_runs())[part::N_PARTS]
     off = {
         (rank, policy): found

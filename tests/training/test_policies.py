@@ -37,9 +37,9 @@ def run_of(folder: Path, policy: str, name: str) -> RunConfig:
     return replace(run, moe=replace(run.moe, router=router))
 
 
-def train_all(root: str) -> None:
+def train_all(root: str, policies: list[str]) -> None:
     world = start(read_launch())
-    for policy in BUILT_IN:
+    for policy in policies:
         train_twice(world, Path(root) / policy, policy)
 
 
@@ -53,7 +53,8 @@ def train_twice(world: World, folder: Path, policy: str) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policies")
-    run_ranks(train_all, 2, str(folder))
+    for first in range(0, len(BUILT_IN), 8):
+        run_ranks(train_all, 2, str(folder), list(BUILT_IN)[first : first + 8])
     return folder
 
 

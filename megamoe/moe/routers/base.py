@@ -25,7 +25,7 @@ class BASERouter(LinearRouter):
 
     summary = "one expert, balanced in training by a linear assignment"
     paper = "Lewis et al., ICML 2021, arXiv 2103.16716"
-    cost = "1 / k of it, and an assignment on the CPU in training"
+    cost = "1/k"
     causal = "evaluation"
 
     def initial_weight(self) -> torch.Tensor:

@@ -39,7 +39,7 @@ class CompeteRouter(LinearRouter):
 
     summary = "router taught by steps in which all experts compete"
     paper = "Nguyen et al., 2025, arXiv 2505.13380"
-    cost = "1 + rate * E / k times in training (forward only), the same in evaluation"
+    cost = "1 + rate E/k, 1 in evaluation"
     balance_loss = 0.01
 
     @dataclass(frozen=True, kw_only=True)

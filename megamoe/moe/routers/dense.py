@@ -25,6 +25,7 @@ class DenseRouter(Router):
 
     summary = "every expert with weight 1, equal to one wide feed-forward network"
     paper = "Chen et al., ICLR 2023, arXiv 2303.01610 (baselines)"
+    cost = "E/k"
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

@@ -27,7 +27,7 @@ class DTSRouter(LinearRouter):
 
     summary = "dense to sparse: Gumbel-softmax above a threshold, temperature falling over training"
     paper = "Nie et al., 2021, arXiv 2112.14397"
-    cost = "up to E / k times in early training, the same in evaluation"
+    cost = "E/k at first, then 1"
     has_bias = True
 
     @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     summary = "experts choose their tokens; balanced, but no language model"
     paper = "Zhou et al., NeurIPS 2022, arXiv 2202.09368"
-    cost = "capacity / k of it"
+    cost = "capacity/k"
     causal = "never"
 
     @dataclass(frozen=True, kw_only=True)

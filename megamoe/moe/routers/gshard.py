@@ -30,7 +30,7 @@ class GShardRouter(LinearRouter):
 
     summary = "the best two experts, the second one kept at random in training"
     paper = "Lepikhin et al., ICLR 2021, arXiv 2006.16668"
-    cost = "2 / k of it"
+    cost = "2/k"
     causal = "evaluation"
 
     @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ class ReLURouter(LinearRouter):
 
     summary = "every expert with a positive score; sparsity held near k / E by an adaptive loss"
     paper = "Wang et al., ICLR 2025, arXiv 2412.14711"
-    cost = "E / (2k) times at first, then about the same"
+    cost = "E/(2k) at first, then about 1"
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

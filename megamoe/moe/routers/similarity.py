@@ -41,7 +41,7 @@ class SimilarityRouter(SMoERouter):
 
     summary = "learned linear router, and a loss on experts that do the same for shared tokens"
     paper = "Do et al., NAACL Findings 2025, arXiv 2406.15883"
-    cost = "the same, and now and then a kernel matrix of up to 1024 tokens"
+    cost = "1, more in a few steps"
     balance_loss = 0.01
 
     @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ class StratifiedRouter(Router):
 
     summary = "experts in strata; a token may pass through several of them"
     paper = "Xu et al., EMNLP Findings 2023, arXiv 2305.02176"
-    cost = "1 to (number of strata) times"
+    cost = "1 to the number of strata"
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

@@ -30,7 +30,7 @@ class SwitchRouter(LinearRouter):
 
     summary = "one expert, weighted by its probability, up to a capacity"
     paper = "Fedus et al., JMLR 2022, arXiv 2101.03961"
-    cost = "1 / k of it"
+    cost = "1/k"
     balance_loss = 0.01
 
     @dataclass(frozen=True, kw_only=True)
