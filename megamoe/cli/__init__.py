@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megamoe import __version__
-from megamoe.cli import config, env, evaluate, finetune, preflight, presets, routers, train
+from megamoe.cli import compare, config, env, evaluate, finetune, preflight, presets, routers, train
 from megamoe.errors import ConfigError, ExitCode, LostRankError, MegaMoEError, StoppedError
 from megamoe.launchers import rank_and_size
 
 COMMANDS = {
     "train": train,
+    "compare": compare,
     "finetune": finetune,
     "preflight": preflight,
     "evaluate": evaluate,

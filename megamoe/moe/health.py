@@ -106,6 +106,19 @@ def _layer_health(sums: torch.Tensor, has_logits: bool) -> LayerHealth:
     )
 
 
+def agreement(
+    routings: Sequence[Routing], mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = ONE_RANK.mean
+) -> float | None:
+    """Share of tokens with the same top expert in two mixture layers, one above the other; mean over pairs.
+
+    1 / E for independent routers at balance; None with fewer than two layers.
+    """
+    if len(routings) < 2:
+        return None
+    top_LT = torch.stack([_top_expert(routing) for routing in routings])
+    return mean_over_ranks((top_LT[1:] == top_LT[:-1]).double().mean()).item()
+
+
 class Churn:
     """How much routing still moves: the share of a fixed probe's tokens whose top expert changed.
 

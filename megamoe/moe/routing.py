@@ -262,6 +262,14 @@ class Router(nn.Module, ABC):
         return top_k
 
     @classmethod
+    def experts_computed(cls, options: Any, top_k: int, n_experts: int) -> float | None:
+        """Experts computed for a token in training, on average, in units of one forward and backward pass.
+
+        None: not known before training. An equal budget of expert FLOPs is dealt out by it.
+        """
+        return float(cls.experts_per_token(top_k, n_experts))
+
+    @classmethod
     def routes(cls, options: Any) -> int:
         """How many forward passes of different routing a training step makes over each sequence, 1 or 2.
 

@@ -66,6 +66,11 @@ class CompeteRouter(LinearRouter):
 
     options: Options
 
+    @classmethod
+    def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> float:
+        """The winners, and in competing steps all experts' forward passes, a third of the work each."""
+        return top_k + options.rate * n_experts / 3
+
     def competes(self, step: int) -> bool:
         """Whether this layer competes in training at `step`: the same on every rank."""
         o = self.options

@@ -44,6 +44,11 @@ class DenseRouter(Router):
         """All of them."""
         return n_experts
 
+    @classmethod
+    def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> float:
+        """Those that are not dropped."""
+        return n_experts * (1 - options.drop)
+
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Choose all experts, or those that the mask of this step keeps."""
         n_experts, drop = self.spec.n_experts, self.options.drop

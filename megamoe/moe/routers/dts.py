@@ -50,6 +50,10 @@ class DTSRouter(LinearRouter):
         o = self.options
         return o.tau_start + min(step / o.tau_steps, 1.0) * (o.tau_end - o.tau_start)
 
+    @classmethod
+    def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> None:
+        """It follows from what is learned."""
+
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Take all above the threshold in training, the k largest in evaluation."""
         logits_TE, n_experts = self.logits(x_TD), self.spec.n_experts

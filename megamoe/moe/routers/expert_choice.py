@@ -45,6 +45,11 @@ class ExpertChoiceRouter(LinearRouter):
         """Up to all."""
         return n_experts
 
+    @classmethod
+    def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> float:
+        """The capacity."""
+        return min(options.capacity, float(n_experts))
+
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Rank the tokens of each sequence for each expert."""
         n_tokens, n_experts = x_TD.shape[0], self.spec.n_experts

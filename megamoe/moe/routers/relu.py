@@ -54,6 +54,10 @@ class ReLURouter(LinearRouter):
         """Up to all."""
         return n_experts
 
+    @classmethod
+    def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> None:
+        """It follows from what is learned."""
+
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Choose all experts with a positive score."""
         n_experts = self.spec.n_experts

@@ -68,6 +68,10 @@ class StratifiedRouter(Router):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(spec.d_model) for _ in strata)
 
+    @classmethod
+    def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> None:
+        """It follows from what is learned."""
+
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """The choices at the first gate."""
         return self._choose(0, self._normalised(0, x_TD), context.top_k)

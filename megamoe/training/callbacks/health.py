@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamoe.moe.health import Churn, routing_health
+from megamoe.moe.health import Churn, agreement, routing_health
+from megamoe.moe.routing import Routing
 from megamoe.training.callbacks.callback import Callback, StepRecord
 
 if TYPE_CHECKING:
@@ -28,13 +29,17 @@ class HealthCallback(Callback):
         self._probe = trainer.probe()
 
     def measure(self, trainer: "Trainer", record: StepRecord) -> dict[str, Any]:
-        """Health by layer, and the worst balance of any layer as ``routing/max_over_mean``."""
+        """Health by layer; the worst balance of any layer; agreement of neighbouring layers on the probe."""
         if not record.routings:
             return {}
         moe = trainer.run.moe
         layers = routing_health(record.routings, moe.n_experts, trainer.world.sum)
-        churn = self._look_at_probe(trainer)
-        figures: dict[str, Any] = {"routing/max_over_mean": max(layer.max_over_mean for layer in layers)}
+        probed = self._route_probe(trainer)
+        churn = self._churn.look(probed, trainer.world.mean)
+        figures: dict[str, Any] = {
+            "routing/max_over_mean": max(layer.max_over_mean for layer in layers),
+            "routing/agreement": agreement(probed, trainer.world.mean),
+        }
         indices = moe.layer_indices(trainer.run.model.n_layers)
         for place, (index, layer) in enumerate(zip(indices, layers, strict=True)):
             values = asdict(layer) | {"churn": churn[place] if churn else None}
@@ -42,11 +47,10 @@ class HealthCallback(Callback):
         return figures
 
     @torch.no_grad()
-    def _look_at_probe(self, trainer: "Trainer") -> list[float] | None:
+    def _route_probe(self, trainer: "Trainer") -> tuple[Routing, ...]:
         engine = trainer.engine
         engine.eval()
         try:
-            routings = engine.forward(**self._probe, step=trainer.step).routings
+            return engine.forward(**self._probe, step=trainer.step).routings
         finally:
             engine.train()
-        return self._churn.look(routings, trainer.world.mean)
