@@ -18,15 +18,18 @@ EXAMPLES = """\
 All runs have the same data in the same order, model, optimizer and schedule. The folder is OUTPUT_DIR/NAME
 (runs/compare_PRESET where no name is given) with a run folder ROUTER-seedN for each, as
 slurm/compare_routers.sh makes them, and compare.json, compare.md, figures.png and routing.png. The same
-command goes on where it was cut; runs that are finished are left alone. Options follow a policy's name; without
-any, those of the preset or file hold for the policy that it names."""
+command goes on where it was cut; runs that are finished are left alone. Options follow a policy's name
+(compete:rate=0.1, stratified:strata=4+12); those of the preset or file hold for the policy that it names."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--routers", required=True, metavar="A,B,...", help="policies, each NAME or NAME:option=value:..."
+        "--routers",
+        required=True,
+        metavar="A,B,...",
+        help="policies, each NAME or NAME:option=value:...; + separates a list's numbers",
     )
     for name, default, what in (
         ("--seeds", 3, "runs of each policy"),

@@ -11,7 +11,10 @@ from megamoe.compare.plots import plot_comparison
 from megamoe.compare.report import markdown, terminal_table
 from megamoe.compare.runs import Pool, folder_of
 from megamoe.compare.summary import summarize
+from megamoe.config.load import read_file
 from megamoe.config.schema import RunConfig
+from megamoe.parallel.device import Device
+from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.training.environment import describe_environment
 from megamoe.training.run_folder import write_json
 from megamoe.training.session import read_corpus
@@ -49,6 +52,8 @@ def compare(
     """
     base, _ = read_corpus(base)
     found = contestants(base, routers, budget)
+    for one in found:
+        resolve_ds_config(one.run, read_file(ds_config) if ds_config else {}, ranks, Device.detect())
     seeds = range(base.training.seed, base.training.seed + n_seeds)
     # All policies of one seed before the next seed, so that a cut comparison is a fair one of fewer seeds.
     Pool(jobs, ranks, ds_config).train([one.seeded(seed) for seed in seeds for one in found])

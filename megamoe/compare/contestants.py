@@ -52,7 +52,7 @@ class Contestant:
 
 
 def read_router(text: str, base: RouterConfig) -> RouterConfig:
-    """The policy that ``compete:rate=0.1:temperature=0.05`` names, with those options.
+    """The policy that ``compete:rate=0.1:temperature=0.05`` names, with those options; + parts a list.
 
     Args:
         base: gives its options to the policy that it names.
@@ -60,7 +60,7 @@ def read_router(text: str, base: RouterConfig) -> RouterConfig:
     Raises:
         ConfigError: an unknown policy or option.
     """
-    name, *settings = text.split(":")
+    name, *settings = text.replace("+", ",").split(":")
     options = base.options if name == base.name else {}
     router = RouterConfig(name=name, options={**options, **parse_overrides(settings)})
     resolve_options(router)
