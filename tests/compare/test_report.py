@@ -15,7 +15,8 @@ from megamoe.config import load_config
 def entry(label: str, by_k: dict[str, list[float]]) -> dict[str, Any]:
     return {
         "label": label, "figures": {k: _spread(values) for k, values in by_k.items()},
-        "d_expert": 32, "steps": 10, "tokens": 10240, "trainable_parameters": 1, "frozen_parameters": 0, "tokens_per_second": 5.0,
+        "d_expert": 32, "steps": 10, "tokens": 10240, "trainable_parameters": 1, "frozen_parameters": 0,
+        "tokens_per_second": 5.0,
         "expert_teraflops": 1.0, "runs": [{"diverged": False} for _ in range(3)],
         "routing": dict.fromkeys(
             ("max_over_mean", "load_entropy", "router_entropy", "dead", "drop_rate", "unrouted", "choices",
