@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, D model width, E experts, K experts per token.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -162,6 +163,16 @@ class LayerSpec:
         q, r = torch.linalg.qr(values.t() if rows_are_fewer else values)
         q = gain * q * r.diagonal().sign()
         return q.t().contiguous() if rows_are_fewer else q.contiguous()
+
+    def dense_stds(self) -> tuple[float, float]:
+        """Standard deviations of w_in and w_out of a dense network as wide as all experts together.
+
+        For pre-norm models of L layers: sqrt(2 / (D L)) and sqrt(2 / (E F L)).
+
+        Paper: Csordas et al., EMNLP Findings 2023, arXiv 2310.10837, section 5.
+        """
+        width = self.n_experts * self.d_expert
+        return math.sqrt(2 / (self.d_model * self.n_layers)), math.sqrt(2 / (width * self.n_layers))
 
     def generator(self, name: str, *labels: str | int) -> torch.Generator:
         """A CPU generator for what all tokens share: a function of (seed, layer, name, labels) alone."""

@@ -50,6 +50,12 @@ def top_k_softmax(logits_TE: torch.Tensor, top_k: int, *, ties: bool = False) ->
     return Routing(expert_ids_TK, torch.softmax(top_TK, dim=-1), logits_TE)
 
 
+def no_choices(x_TD: torch.Tensor) -> Routing:
+    """The routing of a layer without experts: one choice of none for each token."""
+    ids_T1 = torch.full((len(x_TD), 1), NO_EXPERT, device=x_TD.device)
+    return Routing(ids_T1, torch.zeros(ids_T1.shape, device=x_TD.device))
+
+
 def choices_per_expert(expert_ids_TK: torch.Tensor, n_experts: int) -> torch.Tensor:
     """[E] int64, how many choices name each expert; those of -1 count nowhere."""
     bins_N = expert_ids_TK.flatten() + 1

@@ -50,6 +50,8 @@ PROBES: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("noisy", "load_loss", 0.5, {}),
     ("omni", "group", 1, {}),
     ("omni", "noise", 0.5, {}),
+    ("pkm", "heads", 2, {}),
+    ("pkm", "keys", 3, {}),
     ("random", "", None, {}),
     ("relu", "sparsity_loss", 0.5, {"lambda_start": 1.0}),
     ("relu", "lambda_start", 0.5, {}),
@@ -74,6 +76,7 @@ PROBES: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("switch", "capacity_factor", 0.4, {}),
     ("switch", "eval_capacity_factor", 0.4, {}),
     ("switch", "jitter", 0.5, {}),
+    ("topk", "", None, {}),
 ]  # fmt: skip
 
 

@@ -399,3 +399,29 @@ def test_stratified_without_experts_adds_nothing_and_is_balanced_at_one():
     assert not y.any()
     assert routing.losses["strata"].item() == pytest.approx(1)
     assert F == layer.experts.w_in.shape[1]
+
+
+def test_all_units_are_the_dense_network():
+    layer, dense = build_layer("topk"), build_layer("dense")
+    router = layer.router
+    dense.experts.w_in.data = router.w_in.data.view(E, F, D)
+    dense.experts.b_in.data = router.b_in.data.view(E, F)
+    dense.experts.w_out.data = router.w_out.data.view(D, E, F).transpose(0, 1)
+    dense.experts.b_out.data = router.b_out.data.expand(E, D) / E
+    y, _ = layer(tokens(), context_of(top_k=E))
+    torch.testing.assert_close(y, dense(tokens(), context_of())[0])
+    assert layer.experts is None
+    less, _ = layer(tokens(), context_of(top_k=1))
+    assert (y - less).abs().max() > 1e-3
+
+
+def test_product_keys_find_the_largest_sums():
+    router = build_layer("pkm", {"keys": 5, "heads": 3}).router
+    scores_THK, places_THK = router.find(flat())
+    n = router.n
+    u_b = torch.einsum("td,hnd->thn", flat()[:, D // 2 :], router.keys_b)
+    u_a = torch.einsum("td,hnd->thn", flat()[:, : D // 2], router.keys_a)
+    best = (u_b[..., :, None] + u_a[..., None, :]).flatten(2).topk(5)
+    torch.testing.assert_close(scores_THK, best.values)
+    assert torch.equal(places_THK, best.indices)
+    assert places_THK.max() < n * n <= E * F

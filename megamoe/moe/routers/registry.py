@@ -29,6 +29,7 @@ BUILT_IN = {
     "logit_dropout": "megamoe.moe.routers.logit_dropout:LogitDropoutRouter",
     "noisy": "megamoe.moe.routers.noisy:NoisyTopKRouter",
     "omni": "megamoe.moe.routers.omni:OmniRouter",
+    "pkm": "megamoe.moe.routers.pkm:ProductKeyMemory",
     "random": "megamoe.moe.routers.random:RandomRouter",
     "relu": "megamoe.moe.routers.relu:ReLURouter",
     "sigma": "megamoe.moe.routers.sigma:SigmaRouter",
@@ -39,6 +40,7 @@ BUILT_IN = {
     "stable": "megamoe.moe.routers.stable:StableRouter",
     "stratified": "megamoe.moe.routers.stratified:StratifiedRouter",
     "switch": "megamoe.moe.routers.switch:SwitchRouter",
+    "topk": "megamoe.moe.routers.topk:TopKActivation",
 }
 
 

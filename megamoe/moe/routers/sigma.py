@@ -18,7 +18,6 @@ Paper: Csordas et al., "Approximating Two-Layer Feedforward Networks for Efficie
 EMNLP Findings 2023, arXiv 2310.10837, eqs. 11-21.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +57,7 @@ class SigmaRouter(LinearRouter):
 
     def initial_stds(self) -> tuple[float, float]:
         """Those of a dense network as wide as all experts together."""
-        spec = self.spec
-        width = spec.n_experts * spec.d_expert
-        return math.sqrt(2 / (spec.d_model * spec.n_layers)), math.sqrt(2 / (width * spec.n_layers))
+        return self.spec.dense_stds()
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest scores."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megamoe.moe.health import Churn, agreement, routing_health
+from megamoe.moe.routers import router_class
 from megamoe.moe.routing import Routing
 from megamoe.training.callbacks.callback import Callback, StepRecord
 
@@ -30,9 +31,9 @@ class HealthCallback(Callback):
 
     def measure(self, trainer: "Trainer", record: StepRecord) -> dict[str, Any]:
         """Health by layer; the worst balance of any layer; agreement of neighbouring layers on the probe."""
-        if not record.routings:
-            return {}
         moe = trainer.run.moe
+        if not record.routings or router_class(moe.router.name).owns_feed_forward:
+            return {}
         layers = routing_health(record.routings, moe.n_experts, trainer.world.sum)
         probed = self._route_probe(trainer)
         churn = self._churn.look(probed, trainer.world.mean)
