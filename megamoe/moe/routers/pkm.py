@@ -79,11 +79,9 @@ class ProductKeyMemory(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_THK, places_THK = self.find(x_TD)
             weights_TN = self.dropout(scores_THK.relu().flatten(1), context.token_keys_T)
+            weights_TN = weights_TN.to(self.values.dtype)
             y_TD = functional.embedding_bag(
-                places_THK.flatten(1),
-                self.values,
-                mode="sum",
-                per_sample_weights=weights_TN.to(self.values.dtype),
+                places_THK.flatten(1), self.values, mode="sum", per_sample_weights=weights_TN
             )
         return y_TD, self(x_TD, context)
 
