@@ -10,6 +10,7 @@ from torch import nn
 from megamoe.config.schema import MoEConfig
 from megamoe.moe.exchange import LocalExchange
 from megamoe.moe.layer import MoELayer
+from megamoe.moe.routers import router_class
 from megamoe.parallel.ds_config import Layout
 from megamoe.parallel.exchange import AllToAllExchange
 
@@ -65,12 +66,15 @@ class ExpertParallelMoELayer(MoELayer, _DeepSpeedMoE):
 def moe_layer_builder(layout: Layout, rank: int) -> Callable[..., MoELayer]:
     """How the model's mixture layers are built under `layout`: the `build_moe_layer` of the model.
 
-    At ZeRO stage 3 experts are ordinary parameters, which DeepSpeed shards like all others.
+    At ZeRO stage 3 experts are ordinary parameters, which DeepSpeed shards like all others. A policy that
+    has no experts has nothing to spread.
     """
     if layout.zero_stage == 3:
         return MoELayer
 
     def build(d_model: int, moe: MoEConfig, **settings: Any) -> MoELayer:
+        if router_class(moe.router.name).owns_feed_forward:
+            return MoELayer(d_model, moe, **settings)
         return ExpertParallelMoELayer(d_model, moe, ep_size=layout.ep_size, rank=rank, **settings)
 
     return build
