@@ -22,10 +22,12 @@ from megamoe.models.attention import (
 from megamoe.models.block import Block
 from megamoe.models.embeddings import AdaptiveEmbedding
 from megamoe.models.initialization import initialize
+from megamoe.models.routes import consistency, repeat_keys, repeat_rows, with_loss
 from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.randomness import position_keys, token_keys
 from megamoe.moe.ranks import ONE_RANK, Ranks
+from megamoe.moe.routers import resolve_options, router_class
 from megamoe.moe.routing import Router, RouterContext, Routing
 
 
@@ -123,6 +125,7 @@ class Backbone(nn.Module):
         span: AttentionSpan | None,
         keys_BS: torch.Tensor | None,
         padding_BC: torch.Tensor | None = None,
+        n_routes: int = 1,
     ) -> Hidden:
         """Read one segment; see `TransformerXL.forward`.
 
@@ -130,6 +133,7 @@ class Backbone(nn.Module):
             keys_BS: from `token_keys`.
             padding_BC: True where a position of memory or segment is padding: it sees nothing, nothing
                 sees it, and it goes to no expert. None where there is none.
+            n_routes: so many equal parts of the rows are the same text, to be routed differently.
         """
         span = span or self.span
         x_BSD = self.embedding_dropout(self.embedding(input_ids_BS), keys_BS)
@@ -150,6 +154,7 @@ class Backbone(nn.Module):
             token_ids_T=token_ids_T,
             token_keys_T=token_keys_T,
             sequence_T=sequence_T,
+            route_T=sequence_T // (len(input_ids_BS) // n_routes) if n_routes > 1 else None,
             ranks=self.ranks,
         )
         new_memory, routings = [], []
@@ -201,6 +206,9 @@ class TransformerXL(Backbone):
     def __init__(self, model: ModelConfig, moe: MoEConfig, *, seed: int, **settings: Any) -> None:
         super().__init__(model, moe, seed=seed, **settings)
         self.output = AdaptiveSoftmax(model)
+        self.n_routes = 1
+        if self.moe_layers:
+            self.n_routes = router_class(moe.router.name).routes(resolve_options(moe.router))
         initialize(self, model, seed)
 
     def forward(
@@ -227,22 +235,58 @@ class TransformerXL(Backbone):
             span: how far back attention reaches; None means as in training.
             return_logits: also score the whole vocabulary.
         """
+        keys_BS = self.token_keys(input_ids_BS, step, rows)
+        if self.n_routes > 1 and targets_BS is not None and keys_BS is not None:
+            return self._read_by_routes(
+                input_ids_BS, targets_BS, memory, keys_BS, return_logits=return_logits, top_k=top_k, step=step,
+                span=span,
+            )  # fmt: skip
         hidden_BSD, memory, routings = self.read(
-            input_ids_BS,
-            memory,
-            top_k=top_k,
-            step=step,
-            span=span,
-            keys_BS=self.token_keys(input_ids_BS, step, rows),
+            input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS
         )
-        loss_BS, logits_BSV = self.output(
-            hidden_BSD,
-            targets_BS,
-            list(self.embedding.weights),
-            list(self.embedding.projections),
-            return_logits=return_logits,
-        )
+        loss_BS, logits_BSV = self._score(hidden_BSD, targets_BS, return_logits)
         return ModelOutput(loss_BS, logits_BSV, hidden_BSD, memory, routings)
+
+    def _read_by_routes(
+        self,
+        input_ids_BS: torch.Tensor,
+        targets_BS: torch.Tensor,
+        memory: tuple[torch.Tensor, ...] | None,
+        keys_BS: torch.Tensor,
+        *,
+        return_logits: bool,
+        **reading: Any,
+    ) -> ModelOutput:
+        """All routes of a training step as one batch: the mean of their losses, and how far they differ.
+
+        Hidden states, logits and memory are those of the first route, whose memory all routes read.
+        """
+        n_routes, n_rows = self.n_routes, len(input_ids_BS)
+        hidden_NSD, memory, routings = self.read(
+            repeat_rows(input_ids_BS, n_routes),
+            memory and tuple(repeat_rows(memory_BMD, n_routes) for memory_BMD in memory),
+            keys_BS=repeat_keys(keys_BS, n_routes), n_routes=n_routes, **reading,
+        )  # fmt: skip
+        loss_NS, logits_NSV = self._score(hidden_NSD, repeat_rows(targets_BS, n_routes), True)
+        assert loss_NS is not None and logits_NSV is not None
+        routings = with_loss(routings, "consistency", consistency(logits_NSV, n_routes))
+        return ModelOutput(
+            loss_NS.unflatten(0, (n_routes, n_rows)).mean(0),
+            logits_NSV[:n_rows] if return_logits else None,
+            hidden_NSD[:n_rows],
+            tuple(memory_NMD[:n_rows] for memory_NMD in memory),
+            routings,
+        )
+
+    def _score(
+        self, hidden_BSD: torch.Tensor, targets_BS: torch.Tensor | None, return_logits: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Losses [B, S] if there are targets, and logits [B, S, V] if they are asked for."""
+        tables, projections = list(self.embedding.weights), list(self.embedding.projections)
+        scored: tuple[torch.Tensor | None, torch.Tensor | None] = self.output(
+            hidden_BSD, targets_BS, tables, projections, return_logits=return_logits
+        )
+        return scored
 
 
 def _extend(memory_BMD: torch.Tensor, x_BSD: torch.Tensor, memory_len: int) -> torch.Tensor:

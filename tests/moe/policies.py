@@ -72,6 +72,7 @@ def context_of(top_k: int = 2, step: int = STEP, rows: range = range(B), seed: i
         token_ids_T=ids_TV[rows.start * S :],
         token_keys_T=token_keys(seed, step, rows, S).flatten(),
         sequence_T=torch.arange(n_rows).repeat_interleave(S),
+        route_T=(torch.arange(n_rows) % 2).repeat_interleave(S),
         domain_T=(torch.arange(n_rows) % N_DOMAINS).repeat_interleave(S),
         previous=Routing(below_TK, top_TK.softmax(-1), logits_TE),
     )

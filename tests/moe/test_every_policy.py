@@ -97,6 +97,7 @@ def test_no_tokens_are_no_problem(name, training):
     none = replace(
         context, token_ids_T=context.token_ids_T[:0], token_keys_T=context.token_keys_T[:0],
         sequence_T=context.sequence_T[:0], domain_T=context.domain_T[:0],
+        route_T=context.route_T[:0],
         previous=replace(
             context.previous, expert_ids_TK=context.previous.expert_ids_TK[:0],
             weights_TK=context.previous.weights_TK[:0], logits_TE=context.previous.logits_TE[:0],

@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from megamoe.config.schema import MoEConfig, RouterConfig
+from megamoe.config.schema import ModelConfig, MoEConfig, RouterConfig
 from megamoe.errors import ConfigError
+from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.ranks import ONE_RANK
 from megamoe.moe.routers import resolve_options, router_class
 from megamoe.moe.routers.registry import BUILT_IN
-from tests.moe.policies import D, E, F, V, context_of, learn, tokens
+from tests.moe.policies import D, E, F, S, V, context_of, learn, tokens
 
 # Policy, option, another value, and what else must be set for it to matter.
 PROBES: list[tuple[str, str, Any, dict[str, Any]]] = [
@@ -76,6 +77,7 @@ PROBES: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("switch", "capacity_factor", 0.4, {}),
     ("switch", "eval_capacity_factor", 0.4, {}),
     ("switch", "jitter", 0.5, {}),
+    ("thor", "consistency_loss", 0.1, {}),
     ("topk", "", None, {}),
 ]  # fmt: skip
 
@@ -102,6 +104,12 @@ def figures(name: str, options: dict[str, Any]) -> list[float]:
             routings.append(routing)
             learn(layer, tokens(step), context)
         found.append(auxiliary_loss(routings, moe, ONE_RANK.mean)[0].item())
+    if router_class(name).routes(resolve_options(router)) > 1:
+        sizes = {"n_layers": 2, "d_model": D, "n_heads": 1, "d_head": D, "segment_len": S, "memory_len": 0}
+        model = TransformerXL(ModelConfig(vocab_size=V, **sizes), moe, seed=5)
+        ids_BS = torch.arange(3 * S).view(3, S) % V
+        output = model(ids_BS, ids_BS.roll(-1, 1))
+        found.append(auxiliary_loss(output.routings, moe, ONE_RANK.mean)[0].item())
     for layer in layers:
         found.append(layer.eval()(tokens(9), context_of())[0].square().sum().item())
     return found

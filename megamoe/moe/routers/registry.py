@@ -40,6 +40,7 @@ BUILT_IN = {
     "stable": "megamoe.moe.routers.stable:StableRouter",
     "stratified": "megamoe.moe.routers.stratified:StratifiedRouter",
     "switch": "megamoe.moe.routers.switch:SwitchRouter",
+    "thor": "megamoe.moe.routers.thor:ThorRouter",
     "topk": "megamoe.moe.routers.topk:TopKActivation",
 }
 
