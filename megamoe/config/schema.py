@@ -70,6 +70,9 @@ class DataConfig:
         "unit of text; auto: what the prepared folder holds; of bundled text bytes, or words of WikiText."
         " reference_symbols drops newline bytes as the published enwik8 loader does",
     )
+    domains: str = option(
+        "", "JSON file of the text's domains, for policies that look at them; see docs/data.md"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

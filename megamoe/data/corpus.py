@@ -1,7 +1,7 @@
 """A tokenized corpus, and where a run gets one from: a prepared folder or the bundled text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from megamoe.config.schema import DataConfig
 from megamoe.data.datasets import choose_tokenizer
+from megamoe.data.domains import Domains, read_domains
 from megamoe.data.encoding import (
     SPLITS,
     RawText,
@@ -36,6 +37,7 @@ class Corpus:
         tokenizer: text to ids and back.
         words_per_token: for subwords, words per token of the held-out splits: the perplexity per word is
             exp(loss per token / words_per_token). None for other units.
+        domains: of each split, where `data.domains` names a file of them.
     """
 
     name: str
@@ -45,6 +47,11 @@ class Corpus:
     tokens: Mapping[str, Ids]
     tokenizer: Tokenizer
     words_per_token: Mapping[str, float] | None = None
+    domains: Mapping[str, Domains] | None = None
+
+    def domains_of(self, split: str) -> Domains | None:
+        """Those of one split, if there are any."""
+        return self.domains[split] if self.domains is not None else None
 
     @property
     def vocab_size(self) -> int:
@@ -69,7 +76,10 @@ def load_corpus(config: DataConfig) -> Corpus:
         ConfigError: the tokenizer does not go with the corpus.
         DataError: files are missing, damaged, or hold another corpus.
     """
-    return _from_folder(config) if config.path else _from_sample(config)
+    corpus = _from_folder(config) if config.path else _from_sample(config)
+    if config.domains:
+        corpus = replace(corpus, domains=read_domains(Path(config.domains), corpus.tokens))
+    return corpus
 
 
 def _from_folder(config: DataConfig) -> Corpus:

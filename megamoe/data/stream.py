@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megamoe.data.domains import Domains
 from megamoe.data.tokenizers import Ids
 from megamoe.errors import DataError
 
@@ -21,11 +22,13 @@ class Batch:
         targets_BS: int64, the token after each of the last S inputs. With extended context the inputs
             have that many more tokens in front.
         starts_epoch: True if the rows begin anew here, so that memory must be dropped before.
+        domains_B2: source and target domain of each row's first token; None where the corpus has none.
     """
 
     input_ids_BS: torch.Tensor
     targets_BS: torch.Tensor
     starts_epoch: bool
+    domains_B2: torch.Tensor | None = None
 
 
 class TokenStream:
@@ -41,6 +44,7 @@ class TokenStream:
         segment_len: tokens per segment S.
         rows: the contiguous rows of this rank; None takes all.
         extended_context: earlier tokens that are put in front of the inputs, where there are any.
+        domains: of the split.
 
     Attributes:
         n_segments: segments per epoch.
@@ -58,6 +62,7 @@ class TokenStream:
         segment_len: int,
         rows: range | None = None,
         extended_context: int = 0,
+        domains: Domains | None = None,
     ) -> None:
         row_len = len(tokens) // batch_size
         if row_len < 2:
@@ -70,6 +75,8 @@ class TokenStream:
             raise DataError(f"rows = {rows}: give a contiguous part of the {batch_size} rows")
         grid = tokens[: batch_size * row_len].reshape(batch_size, row_len)
         self._rows = grid[rows.start : rows.stop]
+        self._starts_B = np.arange(rows.start, rows.stop) * row_len
+        self._domains = domains
         self._segment_len = segment_len
         self._extended_context = extended_context
         self.n_predictions = row_len - 1
@@ -83,7 +90,13 @@ class TokenStream:
             self._columns(max(start - self._extended_context, 0), stop),
             self._columns(start + 1, stop + 1),
             starts_epoch=start == 0,
+            domains_B2=self._domains_at(start),
         )
+
+    def _domains_at(self, column: int) -> torch.Tensor | None:
+        if self._domains is None:
+            return None
+        return torch.from_numpy(self._domains.at(self._starts_B + column))
 
     def _columns(self, start: int, stop: int) -> torch.Tensor:
         return torch.from_numpy(self._rows[:, start:stop].astype(np.int64))

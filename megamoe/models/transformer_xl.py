@@ -66,7 +66,6 @@ class Backbone(nn.Module):
         seed: the run's seed.
         build_moe_layer: called as `MoELayer` is; parallel runs give their own.
         ranks: see `RouterContext`.
-        n_domains: domains of the data; 0 where there are none.
 
     Raises:
         ConfigError: the vocabulary is unknown or a setting does not fit the others.
@@ -80,7 +79,6 @@ class Backbone(nn.Module):
         seed: int,
         build_moe_layer: Callable[..., MoELayer] = MoELayer,
         ranks: Ranks = ONE_RANK,
-        n_domains: int = 0,
     ) -> None:
         super().__init__()
         self.model_config = model
@@ -93,7 +91,7 @@ class Backbone(nn.Module):
         for i in moe.layer_indices(model.n_layers):
             mixtures[i] = build_moe_layer(
                 model.d_model, moe, layer=i, seed=seed, dropout=model.dropout, init_std=model.init_std,
-                below=below, n_layers=model.n_layers, vocab_size=model.vocab_size, n_domains=n_domains,
+                below=below, n_layers=model.n_layers, vocab_size=model.vocab_size,
             )  # fmt: skip
             below = mixtures[i].router
         self.attention_bias_u = nn.Parameter(torch.empty(model.n_heads, model.d_head))
@@ -125,6 +123,7 @@ class Backbone(nn.Module):
         span: AttentionSpan | None,
         keys_BS: torch.Tensor | None,
         padding_BC: torch.Tensor | None = None,
+        domains_B2: torch.Tensor | None = None,
         n_routes: int = 1,
     ) -> Hidden:
         """Read one segment; see `TransformerXL.forward`.
@@ -133,6 +132,7 @@ class Backbone(nn.Module):
             keys_BS: from `token_keys`.
             padding_BC: True where a position of memory or segment is padding: it sees nothing, nothing
                 sees it, and it goes to no expert. None where there is none.
+            domains_B2: see `TransformerXL.forward`.
             n_routes: so many equal parts of the rows are the same text, to be routed differently.
         """
         span = span or self.span
@@ -154,6 +154,7 @@ class Backbone(nn.Module):
             token_ids_T=token_ids_T,
             token_keys_T=token_keys_T,
             sequence_T=sequence_T,
+            domain_T2=None if domains_B2 is None else domains_B2[sequence_T],
             route_T=sequence_T // (len(input_ids_BS) // n_routes) if n_routes > 1 else None,
             ranks=self.ranks,
         )
@@ -221,6 +222,7 @@ class TransformerXL(Backbone):
         step: int = 0,
         rows: range | None = None,
         span: AttentionSpan | None = None,
+        domains_B2: torch.Tensor | None = None,
         return_logits: bool = False,
     ) -> ModelOutput:
         """Read one segment.
@@ -233,16 +235,18 @@ class TransformerXL(Backbone):
             step: optimizer steps done, for dropout and policies that change with it.
             rows: rows of the global batch that these B are, for dropout; None means the first ones.
             span: how far back attention reaches; None means as in training.
+            domains_B2: source and target domain of each row, 0 where unknown, for policies that look at
+                domains; None where the data have none.
             return_logits: also score the whole vocabulary.
         """
         keys_BS = self.token_keys(input_ids_BS, step, rows)
         if self.n_routes > 1 and targets_BS is not None and keys_BS is not None:
             return self._read_by_routes(
-                input_ids_BS, targets_BS, memory, keys_BS, return_logits=return_logits, top_k=top_k, step=step,
-                span=span,
+                input_ids_BS, targets_BS, memory, keys_BS, return_logits=return_logits,
+                top_k=top_k, step=step, span=span, domains_B2=domains_B2,
             )  # fmt: skip
         hidden_BSD, memory, routings = self.read(
-            input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS
+            input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS, domains_B2=domains_B2
         )
         loss_BS, logits_BSV = self._score(hidden_BSD, targets_BS, return_logits)
         return ModelOutput(loss_BS, logits_BSV, hidden_BSD, memory, routings)
@@ -255,17 +259,20 @@ class TransformerXL(Backbone):
         keys_BS: torch.Tensor,
         *,
         return_logits: bool,
+        domains_B2: torch.Tensor | None,
         **reading: Any,
     ) -> ModelOutput:
         """All routes of a training step as one batch: the mean of their losses, and how far they differ.
 
-        Hidden states, logits and memory are those of the first route, whose memory all routes read.
+        Hidden states and logits are those of the first route. Each route has its own memory; they stand
+        one after the other in [B, R * M, D].
         """
         n_routes, n_rows = self.n_routes, len(input_ids_BS)
         hidden_NSD, memory, routings = self.read(
             repeat_rows(input_ids_BS, n_routes),
-            memory and tuple(repeat_rows(memory_BMD, n_routes) for memory_BMD in memory),
-            keys_BS=repeat_keys(keys_BS, n_routes), n_routes=n_routes, **reading,
+            memory and tuple(torch.cat(memory_BMD.chunk(n_routes, 1)) for memory_BMD in memory),
+            keys_BS=repeat_keys(keys_BS, n_routes), n_routes=n_routes,
+            domains_B2=None if domains_B2 is None else repeat_rows(domains_B2, n_routes), **reading,
         )  # fmt: skip
         loss_NS, logits_NSV = self._score(hidden_NSD, repeat_rows(targets_BS, n_routes), True)
         assert loss_NS is not None and logits_NSV is not None
@@ -274,7 +281,7 @@ class TransformerXL(Backbone):
             loss_NS.unflatten(0, (n_routes, n_rows)).mean(0),
             logits_NSV[:n_rows] if return_logits else None,
             hidden_NSD[:n_rows],
-            tuple(memory_NMD[:n_rows] for memory_NMD in memory),
+            tuple(torch.cat(memory_NMD.chunk(n_routes), 1) for memory_NMD in memory),
             routings,
         )
 

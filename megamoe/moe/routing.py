@@ -36,7 +36,8 @@ class RouterContext:
             training.
         sequence_T: the sequence of each token, 0 to B - 1, rising; within one, tokens are in order of
             time. None: all are of one sequence.
-        domain_T: the domain of each token's sequence; None where the data have none.
+        domain_T2: source and target domain of each token's sequence, 0 where unknown; None where the data
+            have none.
         route_T: which of the forward passes over the same sequences each token is of, see `Router.routes`;
             None where there is one.
         previous: routing of the mixture layer below, None in the first.
@@ -49,7 +50,7 @@ class RouterContext:
     token_ids_T: torch.Tensor | None = None
     token_keys_T: torch.Tensor | None = None
     sequence_T: torch.Tensor | None = None
-    domain_T: torch.Tensor | None = None
+    domain_T2: torch.Tensor | None = None
     route_T: torch.Tensor | None = None
     previous: "Routing | None" = None
     ranks: Ranks = ONE_RANK
@@ -125,7 +126,6 @@ class LayerSpec:
         d_expert: hidden width F of an expert.
         n_layers: decoder layers of the model.
         vocab_size: symbols V of the model; 0 where it is not known.
-        n_domains: domains of the data; 0 where there are none.
         dropout: dropout on hidden units.
         below: router of the mixture layer below, to share tensors with; None in the lowest.
     """
@@ -138,7 +138,6 @@ class LayerSpec:
     d_expert: int = 1
     n_layers: int = 1
     vocab_size: int = 0
-    n_domains: int = 0
     dropout: float = 0.0
     below: "Router | None" = None
 
@@ -217,6 +216,7 @@ class Router(nn.Module, ABC):
         causal: when a token's routing is independent of later tokens: "always", in "evaluation" alone,
             or "never", and then it is no language model.
         balance_loss: what ``moe.balance_loss=auto`` means for it, in units of a loss that is 1 at balance.
+        undecayed: names of its parameters that weight decay leaves alone.
         owns_feed_forward: the layer has no experts; `mix` computes its output alone.
         Options: the dataclass of the policy's options, with defaults and help texts.
     """
@@ -231,6 +231,7 @@ class Router(nn.Module, ABC):
     causal: ClassVar[Literal["always", "evaluation", "never"]] = "always"
     balance_loss: ClassVar[float] = 0.0
     owns_feed_forward: ClassVar[bool] = False
+    undecayed: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, spec: LayerSpec, options: Any) -> None:
         super().__init__()
@@ -288,6 +289,11 @@ class Router(nn.Module, ABC):
         ``consistency_loss``, is the symmetric divergence of their predictions.
         """
         return 1
+
+    @classmethod
+    def n_domains(cls, options: Any) -> int:
+        """Domains of the data that it knows, with ids from 1; 0 if it does not look at domains."""
+        return 0
 
     def initial_stds(self) -> tuple[float, float] | None:
         """Standard deviations of the experts' initial w_in and w_out; None: `spec.init_std` for both."""

@@ -42,7 +42,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """Every trained parameter with the part of the model it belongs to, and whether it decays."""
     owner: dict[nn.Parameter, str] = {}
+    undecayed: set[nn.Parameter] = set()
     for module in model.modules():
+        if isinstance(module, Router):
+            undecayed.update(getattr(module, name) for name in module.undecayed)
         if isinstance(module, Router | Experts):
             part = "router" if isinstance(module, Router) else "experts"
             owner.update(dict.fromkeys(module.parameters(), part))
@@ -50,7 +53,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
         if parameter.requires_grad:
             part = owner.get(parameter, "shared")
             n_dims = parameter.dim() - (part == "experts")
-            yield part, parameter, n_dims > 1 and "bias" not in name
+            yield part, parameter, n_dims > 1 and "bias" not in name and parameter not in undecayed
 
 
 def build_optimizer(

@@ -10,10 +10,10 @@ import torch
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
 from megamoe.data.stream import TokenStream
-from megamoe.errors import ConfigError
+from megamoe.errors import ConfigError, DataError
 from megamoe.models.attention import AttentionSpan
 from megamoe.models.transformer_xl import ModelOutput
-from megamoe.moe.routers import router_class
+from megamoe.moe.routers import resolve_options, router_class
 from megamoe.parallel.launch import World
 
 NO_EXPERTS = 0
@@ -145,6 +145,21 @@ def require_causal(run: RunConfig) -> None:
         )
 
 
+def require_known_domains(run: RunConfig, corpus: Corpus) -> None:
+    """Refuse domains that the policy was not built for.
+
+    Raises:
+        DataError: the text has one.
+    """
+    known = router_class(run.moe.router.name).n_domains(resolve_options(run.moe.router))
+    for split, domains in (corpus.domains or {}).items():
+        if known and domains.largest > known:
+            raise DataError(
+                f"data.domains = {run.data.domains!r}: {split} has domain {domains.largest}, but"
+                f" moe.router.domains = {known}; set that to {domains.largest} or more"
+            )
+
+
 def evaluation_span(run: RunConfig) -> AttentionSpan:
     """What attention sees at evaluation; `evaluation.memory_len = auto` keeps the span of training.
 
@@ -200,6 +215,7 @@ def evaluate(
         batch_size=run.evaluation.batch_size,
         segment_len=run.evaluation.segment_len,
         rows=rows.read,
+        domains=corpus.domains_of(split),
     )
     n_segments = stream.n_segments
     if max_tokens:
@@ -262,7 +278,10 @@ def _total_loss(
         batch = stream.batch(segment)
         input_ids_BS = batch.input_ids_BS[rows.index].to(device)
         targets_BS = batch.targets_BS[rows.index].to(device)
-        output = model(input_ids_BS, targets_BS, memory, top_k=top_k, step=step, span=span)
+        domains_B2 = None if batch.domains_B2 is None else batch.domains_B2[rows.index].to(device)
+        output = model(
+            input_ids_BS, targets_BS, memory, top_k=top_k, step=step, span=span, domains_B2=domains_B2
+        )
         memory = output.memory
         assert output.loss_BS is not None
         total += output.loss_BS.double().sum(dim=1) @ weights_B

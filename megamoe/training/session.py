@@ -21,7 +21,7 @@ from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError, StoppedError
 from megamoe.moe.auxiliary import auxiliary_loss
-from megamoe.moe.routers import resolve_options
+from megamoe.moe.routers import resolve_options, router_class
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
 from megamoe.parallel.launch import GROUP_TIMEOUT, Launch, World, start
@@ -30,7 +30,12 @@ from megamoe.parallel.tie import tied
 from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
-from megamoe.training.evaluation import evaluation_span, require_causal, top_ks_to_score
+from megamoe.training.evaluation import (
+    evaluation_span,
+    require_causal,
+    require_known_domains,
+    top_ks_to_score,
+)
 from megamoe.training.lock import RunLock
 from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.trainer import Trainer
@@ -173,6 +178,12 @@ def read_corpus(run: RunConfig) -> tuple[RunConfig, Corpus]:
             f"task.name = {run.task.name!r}: is what megamoe finetune trains; leave it out here"
         )
     corpus = load_checked_corpus(run)
+    router = run.moe.router
+    if corpus.domains is None and router_class(router.name).n_domains(resolve_options(router)):
+        raise ConfigError(
+            f"data.domains = '': policy {router.name!r} learns matrices for each domain of the text; name a file"
+            " of them, see docs/data.md"
+        )
     return with_vocabulary(run, corpus), corpus
 
 
@@ -198,6 +209,7 @@ def load_checked_corpus(run: RunConfig) -> Corpus:
             TokenStream(tokens, batch_size=batch_size, segment_len=1)
         except DataError as error:
             raise DataError(f"{section}.{error} ({split} split of {corpus.name})") from None
+    require_known_domains(run, corpus)
     return corpus
 
 

@@ -98,6 +98,7 @@ class Trainer:
             batch_size=self.run.training.batch_size,
             segment_len=self.run.model.segment_len,
             rows=self.engine.rows,
+            domains=self.corpus.domains_of("train"),
         )
 
     def describe(self) -> dict[str, str]:
@@ -111,8 +112,11 @@ class Trainer:
             batch_size=self.world.world_size,
             segment_len=self.run.evaluation.segment_len,
             rows=range(self.world.rank, self.world.rank + 1),
+            domains=self.corpus.domains_of("valid"),
         )
-        return {"input_ids_BS": stream.batch(0).input_ids_BS.to(self.world.device)}
+        batch = stream.batch(0)
+        given = {"input_ids_BS": batch.input_ids_BS, "domains_B2": batch.domains_B2}
+        return {name: values.to(self.world.device) for name, values in given.items() if values is not None}
 
     def train(self) -> None:
         """Run from the present step to the last, then score the test split with the best weights.
@@ -236,16 +240,16 @@ class Trainer:
     def _forward(self, batch: Any, top_k: int) -> Iterator[tuple[torch.Tensor, tuple[Routing, ...]]]:
         """Mean loss and routings of each micro-batch; the next is read when the gradients of one are done."""
         engine = self.engine
+        n_parts, domains_B2 = engine.micro_batches, batch.domains_B2
         micro_batches = zip(
-            batch.input_ids_BS.chunk(engine.micro_batches),
-            batch.targets_BS.chunk(engine.micro_batches),
-            strict=True,
-        )
-        for index, (input_ids_BS, targets_BS) in enumerate(micro_batches):
+            batch.input_ids_BS.chunk(n_parts), batch.targets_BS.chunk(n_parts),
+            [None] * n_parts if domains_B2 is None else domains_B2.to(engine.device).chunk(n_parts), strict=True,
+        )  # fmt: skip
+        for index, (input_ids_BS, targets_BS, domains_B2) in enumerate(micro_batches):
             self._beat("forward")
             output = engine.forward(
                 input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
-                top_k=top_k, step=self.step, rows=engine.micro_batch_rows(index),
+                top_k=top_k, step=self.step, rows=engine.micro_batch_rows(index), domains_B2=domains_B2,
             )  # fmt: skip
             self.memories[index] = output.memory
             yield output.loss_BS.mean(), output.routings

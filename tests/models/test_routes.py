@@ -44,10 +44,11 @@ def one_route(model: TransformerXL, route: int, memory: tuple[torch.Tensor, ...]
 def test_the_loss_is_the_mean_and_the_divergence_is_symmetric() -> None:
     model = build()
     ids_BS, targets_BS = text(0)
-    memory = model.eval()(ids_BS, targets_BS).memory
+    memories = [model.eval()((ids_BS + shift) % V, targets_BS).memory for shift in (0, 1)]
+    memory = tuple(torch.cat(both, 1) for both in zip(*memories, strict=True))
     ids_BS, targets_BS = text(1)
     output = model.train()(ids_BS, targets_BS, memory, step=STEP, return_logits=True)
-    first, second = (one_route(model, route, memory) for route in (0, 1))
+    first, second = (one_route(model, route, memories[route]) for route in (0, 1))
     torch.testing.assert_close(output.loss_BS, (first.loss_BS + second.loss_BS) / 2)
     assert (first.loss_BS - second.loss_BS).abs().max() > 1e-3
     p, q = first.logits_BSV.softmax(-1), second.logits_BSV.softmax(-1)
@@ -57,8 +58,8 @@ def test_the_loss_is_the_mean_and_the_divergence_is_symmetric() -> None:
     torch.testing.assert_close(losses[1]["consistency"], divergence)
     torch.testing.assert_close(output.logits_BSV, first.logits_BSV)
     torch.testing.assert_close(output.hidden_BSD, first.hidden_BSD)
-    for found, expected in zip(output.memory, first.memory, strict=True):
-        torch.testing.assert_close(found, expected)
+    for found, *expected in zip(output.memory, first.memory, second.memory, strict=True):
+        torch.testing.assert_close(found, torch.cat(expected, 1))
 
 
 def test_equal_experts_do_not_diverge() -> None:

@@ -16,7 +16,7 @@ from megamoe.moe.routing import RouterContext, Routing
 from megamoe.moe.updates import update_routers
 from tests.oracles.routers import Decided, Given
 
-B, S, D, E, F, V, N_DOMAINS = 3, 8, 6, 4, 10, 11, 3
+B, S, D, E, F, V = 3, 8, 6, 4, 10, 11
 STEP = 3
 
 
@@ -31,9 +31,7 @@ def oracle_cases() -> list[tuple[str, dict[str, Any]]]:
 def fresh_layer(name: str, options: dict[str, Any] | None = None, layer: int = 1) -> MoELayer:
     router = RouterConfig(name=name, options=options or {})
     moe = MoEConfig(n_experts=E, d_expert=F, top_k=1, router=router)
-    return MoELayer(
-        D, moe, layer=layer, seed=5, dropout=0.0, init_std=0.5, n_layers=2, vocab_size=V, n_domains=N_DOMAINS
-    )
+    return MoELayer(D, moe, layer=layer, seed=5, dropout=0.0, init_std=0.5, n_layers=2, vocab_size=V)
 
 
 def build_layer(name: str, options: dict[str, Any] | None = None) -> MoELayer:
@@ -60,7 +58,7 @@ def tokens(seed: int = 0) -> torch.Tensor:
 
 def context_of(top_k: int = 2, step: int = STEP, rows: range = range(B), seed: int = 5) -> RouterContext:
     """For the sequences `rows` of a global batch."""
-    n_rows = len(rows)
+    row_B = torch.arange(rows.start, rows.stop)
     ids_TV = torch.randint(0, V, (rows.stop * S,), generator=torch.Generator().manual_seed(1))
     logits_TE = torch.randn(rows.stop * S, E, generator=torch.Generator().manual_seed(2), dtype=torch.double)
     logits_TE = logits_TE[rows.start * S :]
@@ -71,9 +69,9 @@ def context_of(top_k: int = 2, step: int = STEP, rows: range = range(B), seed: i
         top_k=top_k,
         token_ids_T=ids_TV[rows.start * S :],
         token_keys_T=token_keys(seed, step, rows, S).flatten(),
-        sequence_T=torch.arange(n_rows).repeat_interleave(S),
-        route_T=(torch.arange(n_rows) % 2).repeat_interleave(S),
-        domain_T=(torch.arange(n_rows) % N_DOMAINS).repeat_interleave(S),
+        sequence_T=torch.arange(len(rows)).repeat_interleave(S),
+        route_T=(row_B % 2).repeat_interleave(S),
+        domain_T2=torch.stack([(2 - row_B) % 3, row_B % 3], 1).repeat_interleave(S, 0),
         previous=Routing(below_TK, top_TK.softmax(-1), logits_TE),
     )
 

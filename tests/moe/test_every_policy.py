@@ -96,7 +96,7 @@ def test_no_tokens_are_no_problem(name, training):
     context = context_of()
     none = replace(
         context, token_ids_T=context.token_ids_T[:0], token_keys_T=context.token_keys_T[:0],
-        sequence_T=context.sequence_T[:0], domain_T=context.domain_T[:0],
+        sequence_T=context.sequence_T[:0], domain_T2=context.domain_T2[:0],
         route_T=context.route_T[:0],
         previous=replace(
             context.previous, expert_ids_TK=context.previous.expert_ids_TK[:0],

@@ -46,6 +46,10 @@ PROBES: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("hyper", "shared", True, {}),
     ("hyper", "learned", True, {}),
     ("hyper", "start_std", 0.1, {}),
+    ("lms", "domains", 3, {}),
+    ("lms", "rank", 3, {}),
+    ("lms", "fuse", True, {}),
+    ("lms", "consistency_loss", 0.5, {"fuse": True}),
     ("logit_dropout", "drop", 0.1, {}),
     ("noisy", "importance_loss", 0.5, {}),
     ("noisy", "load_loss", 0.5, {}),
@@ -108,7 +112,9 @@ def figures(name: str, options: dict[str, Any]) -> list[float]:
         sizes = {"n_layers": 2, "d_model": D, "n_heads": 1, "d_head": D, "segment_len": S, "memory_len": 0}
         model = TransformerXL(ModelConfig(vocab_size=V, **sizes), moe, seed=5)
         ids_BS = torch.arange(3 * S).view(3, S) % V
-        output = model(ids_BS, ids_BS.roll(-1, 1))
+        for parameter in model.parameters():
+            parameter.data.add_(0.1)
+        output = model(ids_BS, ids_BS.roll(-1, 1), domains_B2=torch.tensor([[1, 2], [2, 1], [0, 0]]))
         found.append(auxiliary_loss(output.routings, moe, ONE_RANK.mean)[0].item())
     for layer in layers:
         found.append(layer.eval()(tokens(9), context_of())[0].square().sum().item())

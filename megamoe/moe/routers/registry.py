@@ -26,6 +26,7 @@ BUILT_IN = {
     "gshard": "megamoe.moe.routers.gshard:GShardRouter",
     "hash": "megamoe.moe.routers.hash:HashRouter",
     "hyper": "megamoe.moe.routers.hyper:HyperRouter",
+    "lms": "megamoe.moe.routers.lms:LMSRouter",
     "logit_dropout": "megamoe.moe.routers.logit_dropout:LogitDropoutRouter",
     "noisy": "megamoe.moe.routers.noisy:NoisyTopKRouter",
     "omni": "megamoe.moe.routers.omni:OmniRouter",

@@ -6,8 +6,8 @@
     evaluation: an expert for each token, a fixed random function of layer and place in the segment
     w = 1
 
-It takes one expert whatever the top-k in force. Both passes read the memory that the first one wrote. A
-classifier is trained with one pass and without the loss.
+It takes one expert whatever the top-k in force. Each pass has its own memory. A classifier is trained with
+one pass and without the loss.
 
 Paper: Zuo et al., "Taming Sparsely Activated Transformer with Stochastic Experts", ICLR 2022,
 arXiv 2110.04260, eqs. 4-6.
