@@ -181,8 +181,8 @@ def read_corpus(run: RunConfig) -> tuple[RunConfig, Corpus]:
     router = run.moe.router
     if corpus.domains is None and router_class(router.name).n_domains(resolve_options(router)):
         raise ConfigError(
-            f"data.domains = '': policy {router.name!r} learns matrices for each domain of the text; name a file"
-            " of them, see docs/data.md"
+            f"data.domains = '': policy {router.name!r} learns matrices for each domain of the text; name a"
+            " file of them, see docs/data.md"
         )
     return with_vocabulary(run, corpus), corpus
 

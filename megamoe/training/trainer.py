@@ -242,9 +242,11 @@ class Trainer:
         engine = self.engine
         n_parts, domains_B2 = engine.micro_batches, batch.domains_B2
         micro_batches = zip(
-            batch.input_ids_BS.chunk(n_parts), batch.targets_BS.chunk(n_parts),
-            [None] * n_parts if domains_B2 is None else domains_B2.to(engine.device).chunk(n_parts), strict=True,
-        )  # fmt: skip
+            batch.input_ids_BS.chunk(n_parts),
+            batch.targets_BS.chunk(n_parts),
+            [None] * n_parts if domains_B2 is None else domains_B2.to(engine.device).chunk(n_parts),
+            strict=True,
+        )
         for index, (input_ids_BS, targets_BS, domains_B2) in enumerate(micro_batches):
             self._beat("forward")
             output = engine.forward(

@@ -292,6 +292,7 @@ PROBES: list[tuple[str, str, Callable[[RunConfig], Any], str]] = [
     ("evaluation.same_length", "true", figures, ""),
     ("evaluation.clamp_len", "2", figures, ""),
     ("evaluation.top_ks", "3,4", figures, ""),
+    ("data.domains", "missing", corpus, ""),
     ("evaluation.allow_noncausal", "true", refusal, "moe.router.name=expert_choice"),
     ("evaluation.max_tokens", "30", figures, ""),
     ("checkpoint.resume", "missing", start_point, ""),

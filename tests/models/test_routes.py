@@ -95,3 +95,24 @@ def test_both_routes_train_their_experts() -> None:
         drawn = torch.randint(E, (2,), generator=layer.router.spec.generator("draw", STEP)).tolist()
         moved = layer.experts.w_in.grad.flatten(1).any(1).nonzero().flatten().tolist()
         assert moved == sorted(set(drawn))
+
+
+def test_fuse_distillation_starts_without_divergence_and_learns_both_routes() -> None:
+    router = RouterConfig(name="lms", options={"fuse": True, "rank": 3})
+    model = build(moe=replace(MOE, router=router))
+    ids_BS, targets_BS = text()
+    domains_B2 = torch.tensor([[1, 1], [2, 1], [0, 0]])
+    output = model(ids_BS, targets_BS, step=STEP, domains_B2=domains_B2)
+    assert output.routings[-1].losses["consistency"].item() == pytest.approx(0, abs=1e-12)
+    for layer in model.moe_layers:
+        for name in ("u_in", "u_out"):
+            values = getattr(layer.router, name).data
+            values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(2)))
+    output = model(ids_BS, targets_BS, step=STEP, domains_B2=domains_B2)
+    shared = model.eval()(ids_BS, targets_BS)
+    own = model(ids_BS, targets_BS, domains_B2=domains_B2)
+    torch.testing.assert_close(output.loss_BS, (shared.loss_BS + own.loss_BS) / 2)
+    assert (shared.loss_BS - own.loss_BS).abs().amax(1).gt(1e-4).tolist() == [True, True, False]
+    output.routings[-1].losses["consistency"].backward()
+    gradient = model.moe_layers[0].router.u_in.grad.flatten(1).abs().amax(1)
+    assert (gradient > 0).tolist() == [True, True, False]  # u of the targets 0 (the other route) and 1

@@ -18,6 +18,7 @@ from megamoe.moe.routers.sinkhorn import balanced
 from megamoe.moe.routing import Router, Routing
 from megamoe.moe.selection import choices_per_expert
 from megamoe.moe.updates import update_routers
+from megamoe.parallel.optimizer import parameter_groups
 from tests.moe.policies import D, E, F, S, V, apply, build_layer, context_of, fresh_layer, learn, tokens
 from tests.parallel.runs import small_run
 
@@ -425,3 +426,33 @@ def test_product_keys_find_the_largest_sums():
     torch.testing.assert_close(scores_THK, best.values)
     assert torch.equal(places_THK, best.indices)
     assert places_THK.max() < n * n <= E * F
+
+
+def test_all_domains_start_as_the_shared_network():
+    layer = fresh_layer("lms")
+    y, _ = layer(tokens().float(), context_of())
+    unknown, _ = layer(tokens().float(), replace(context_of(), domain_T2=None))
+    assert torch.equal(y, unknown)
+    added = sum(getattr(layer.router, name).numel() for name in layer.router.undecayed)
+    assert added == 2 * (2 + 1) * 32 * (D + E * F)
+
+
+def test_domains_have_matrices_of_their_own():
+    layer, context = build_layer("lms").eval(), replace(context_of(), route_T=None)
+    y, _ = layer(tokens(), context)
+    layer.router.v_in.data[1] += 1
+    changed, _ = layer(tokens(), context)
+    sources = context.domain_T2[:, 0].view(3, S)
+    moved = (y - changed).abs().amax(-1) > 1e-9
+    assert torch.equal(moved, sources == 1)
+
+
+def test_low_rank_matrices_do_not_decay():
+    run = small_run()
+    moe = replace(run.moe, router=RouterConfig(name="lms"))
+    model = TransformerXL(replace(run.model, vocab_size=11), moe, seed=1)
+    groups = {group["role"]: group["params"] for group in parameter_groups(model, 0.1)}
+    router = model.moe_layers[0].router
+    assert any(p is router.w_in for p in groups["router_decay"])
+    assert any(p is router.v_in for p in groups["router_no_decay"])
+    assert not any(p is router.u_out for p in groups["router_decay"])

@@ -59,6 +59,12 @@ def batch(step: int) -> torch.Tensor:
     return text_BN[:, step * SEGMENT : (step + 1) * SEGMENT + 1]
 
 
+def domains(rows: range) -> torch.Tensor:
+    """Source and target domain of rows of the batch, for policies that look at them; [B, 2]."""
+    row_B = torch.arange(rows.start, rows.stop)
+    return torch.stack([row_B % 3, (row_B + 1) % 3], 1)
+
+
 def run_plain(run: RunConfig, dtype: torch.dtype = torch.float32) -> Trajectory:
     """One process, no DeepSpeed, no exchange, the global batch at once; without masters in half precision."""
     model = TransformerXL(replace(run.model, vocab_size=VOCAB), run.moe, seed=run.training.seed)
@@ -74,7 +80,7 @@ def run_plain(run: RunConfig, dtype: torch.dtype = torch.float32) -> Trajectory:
     result, memory = Trajectory(), None
     for step in range(STEPS):
         ids_BS, targets_BS = batch(step)[:, :-1], batch(step)[:, 1:]
-        output = model(ids_BS, targets_BS, memory, step=step)
+        output = model(ids_BS, targets_BS, memory, step=step, domains_B2=domains(range(BATCH)))
         memory = output.memory
         loss = output.loss_BS.mean()
         extra, raw = auxiliary_loss(output.routings, run.moe, ONE_RANK.mean)
@@ -100,7 +106,9 @@ def _or_zeros(gradient: torch.Tensor | None, parameter: torch.nn.Parameter) -> t
 
 
 def _decays(name: str, parameter: torch.nn.Parameter) -> bool:
-    return parameter.dim() > 1 and not any(part in name for part in ("bias", "b_in", "b_out", "norm"))
+    spared = ("bias", "b_in", "b_out", "norm", "router.v_", "router.u_")
+    return parameter.dim() > 1 and not any(part in name for part in spared)
+    )
 
 
 def build_engine(run: RunConfig, ds: Mapping[str, Any], world: World) -> Engine:
@@ -120,7 +128,9 @@ def run_engine(run: RunConfig, ds: Mapping[str, Any], world: World) -> tuple[Tra
         for i in range(engine.micro_batches):
             rows = engine.micro_batch_rows(i)
             rows_BN = batch(step)[rows.start : rows.stop]
-            output = engine.forward(rows_BN[:, :-1], rows_BN[:, 1:], memories[i], step=step, rows=rows)
+            output = engine.forward(
+                rows_BN[:, :-1], rows_BN[:, 1:], memories[i], step=step, rows=rows, domains_B2=domains(rows)
+            )
             memories[i] = output.memory
             extra, raw = auxiliary_loss(output.routings, run.moe, world.mean)
             losses.append(output.loss_BS.mean())

@@ -11,6 +11,7 @@ from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.config import RunConfig, from_dict
 from megamoe.config.load import merge
 from megamoe.data.corpus import Corpus
+from megamoe.data.domains import Domains
 from megamoe.data.tokenizers import ReferenceSymbolTokenizer, Tokenizer
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import resolve_ds_config
@@ -88,7 +89,9 @@ def toy_corpus(vocab_size: int = 11) -> Corpus:
         split: (np.arange(length) ** 2 // 3 + generator.integers(0, 3, length)).astype(np.uint8) % vocab_size
         for split, length in lengths.items()
     }
-    return corpus_of(tokens, ReferenceSymbolTokenizer(range(97, 97 + vocab_size)))
+    spans = Domains(np.array([0, 60, 90]), np.array([[1, 1], [2, 1], [0, 0]]))
+    tokenizer = ReferenceSymbolTokenizer(range(97, 97 + vocab_size))
+    return corpus_of(tokens, tokenizer, domains=dict.fromkeys(tokens, spans))
 
 
 def build_trainer(
