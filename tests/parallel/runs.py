@@ -108,7 +108,6 @@ def _or_zeros(gradient: torch.Tensor | None, parameter: torch.nn.Parameter) -> t
 def _decays(name: str, parameter: torch.nn.Parameter) -> bool:
     spared = ("bias", "b_in", "b_out", "norm", "router.v_", "router.u_")
     return parameter.dim() > 1 and not any(part in name for part in spared)
-    )
 
 
 def build_engine(run: RunConfig, ds: Mapping[str, Any], world: World) -> Engine:
