@@ -1,14 +1,17 @@
 """What is agreed upon before a run starts, and how ranks leave together."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megamoe.checkpoint.format import step_folder
+from megamoe.config import from_dict
 from megamoe.errors import CheckpointError, ConfigError, DataError
 from megamoe.parallel.launch import read_launch, start
 from megamoe.training.run_folder import RunFolder, write_json
-from megamoe.training.session import agree, find_checkpoint, with_vocabulary
+from megamoe.training.session import agree, find_checkpoint, read_corpus, with_vocabulary
 from tests.checkpoint.small import write_small
 from tests.ranks import run_ranks
 from tests.training.runs import toy_corpus, toy_run
@@ -79,3 +82,24 @@ def test_a_run_is_finished_once_it_is_scored_and_drawn(tmp_path):
     folder.curves.touch()
     assert folder.is_scored(10)
     assert not folder.is_scored(20)
+
+
+def test_a_policy_of_domains_wants_them_and_knows_how_many(tmp_path):
+    router = {"router": {"name": "lms", "options": {"domains": 2}}}
+    without = from_dict({"data": {"dataset": "text8"}, "moe": router})
+    with pytest.raises(
+        ConfigError, match=r"^data.domains = '': policy 'lms' learns matrices for each domain"
+    ):
+        read_corpus(without)
+    for largest, known in ((2, True), (3, False)):
+        spans = {"train": [[0, 1]], "valid": [[0, largest]], "test": [[0, 0]]}
+        path = tmp_path / f"{largest}.json"
+        path.write_text(json.dumps({"format": "megamoe domains 1", **spans}))
+        run = replace(without, data=replace(without.data, domains=str(path)))
+        if known:
+            assert read_corpus(run)[1].domains_of("valid").largest == 2
+        else:
+            with pytest.raises(
+                DataError, match="valid has domain 3, but moe.router.domains = 2; set that to 3"
+            ):
+                read_corpus(run)
