@@ -14,7 +14,7 @@ from megamoe.compare.summary import summarize
 from megamoe.config.load import read_file
 from megamoe.config.schema import RunConfig
 from megamoe.parallel.device import Device
-from megamoe.parallel.ds_config import resolve_ds_config
+from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG, resolve_ds_config
 from megamoe.training.environment import describe_environment
 from megamoe.training.run_folder import write_json
 from megamoe.training.session import read_corpus
@@ -52,8 +52,9 @@ def compare(
     """
     base, _ = read_corpus(base)
     found = contestants(base, routers, budget)
+    ds = read_file(ds_config) if ds_config else DEFAULT_DS_CONFIG
     for one in found:
-        resolve_ds_config(one.run, read_file(ds_config) if ds_config else {}, ranks, Device.detect())
+        resolve_ds_config(one.run, ds, ranks, Device.detect())
     seeds = range(base.training.seed, base.training.seed + n_seeds)
     # All policies of one seed before the next seed, so that a cut comparison is a fair one of fewer seeds.
     Pool(jobs, ranks, ds_config).train([one.seeded(seed) for seed in seeds for one in found])

@@ -81,11 +81,7 @@ def markdown(summary: dict[str, Any], images: Sequence[Path], command: str, wher
         "## Figures",
         _table(*_figure_rows(summary)),
         _verdict(summary),
-        "Scored are the weights that megamoe train calls best: those with the lowest validation loss with all"
-        " experts active. Where a policy that is trained at a small k gets worse with all experts, they are early"
-        " ones; the learning curves in figures.png show the rest. At a k that was not trained with, a policy is"
-        " asked for something it did not learn. A policy that decides its number of experts itself has one"
-        " figure, under that number.",
+        _SCORED,
         "## Cost",
         _table(*_cost_rows(summary)),
         _COST_NOTES,
@@ -96,6 +92,13 @@ def markdown(summary: dict[str, Any], images: Sequence[Path], command: str, wher
     parts += [f"![{image.stem}]({image.name})" for image in images]
     return "\n\n".join(parts) + "\n"
 
+
+_SCORED = """\
+Scored are the weights that megamoe train calls best: those with the lowest validation loss with all experts
+active. Where a policy that is trained at a small k gets worse with all experts, they are early ones; the
+learning curves in figures.png show the rest. At a k that was not trained with, a policy is asked for
+something it did not learn. A policy that decides its number of experts itself has one figure, under that
+number."""
 
 _COST_NOTES = """\
 Parameters are those that are trained; frozen ones are saved with the model. Experts per token are those
