@@ -17,7 +17,6 @@ from megamoe.moe.schedules import top_k_at
 from megamoe.training.evaluation import require_causal
 
 Budget = Literal["tokens", "flops", "parameters"]
-BUDGETS: tuple[Budget, ...] = ("tokens", "flops", "parameters")
 
 
 @dataclass(frozen=True)

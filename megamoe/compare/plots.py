@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from megamoe.compare.report import ranked
+from megamoe.compare.report import ranked, seeds_of
 from megamoe.compare.summary import figure_at
 from megamoe.training.plots import ACCENT, MUTED, STYLE
 
@@ -31,7 +31,7 @@ def plot_comparison(summary: Values, folder: Path) -> list[Path]:
     for name, panels in (("figures", (_seeds, _by_k, _curves)), ("routing", (_load, _agreement, _cost))):
         with pyplot.rc_context(STYLE):
             figure, axes = pyplot.subplots(1, 3, figsize=(16, height), layout="constrained")
-            terms = f"{len(summary['seeds'])} seeds, equal {summary['budget']}"
+            terms = f"{seeds_of(summary)}, equal {summary['budget']}"
             figure.suptitle(
                 f"Routing policies on {summary['corpus']}, {terms}",
                 fontsize=13,

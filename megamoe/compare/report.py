@@ -38,6 +38,12 @@ class Noise:
     smallest: float
 
 
+def seeds_of(summary: dict[str, Any]) -> str:
+    """How many seeds, in words."""
+    n_seeds = len(summary["seeds"])
+    return f"{n_seeds} seed{'s' * (n_seeds != 1)}"
+
+
 def noise(summary: dict[str, Any]) -> Noise | None:
     """Of the policies scored with all seeds; None with one seed or one policy: then nothing is known."""
     found = [figure_at(entry, summary["top_k"]) for entry in summary["contestants"]]
@@ -56,7 +62,7 @@ def noise(summary: dict[str, Any]) -> Noise | None:
 def terminal_table(summary: dict[str, Any]) -> Table:
     """Figures at the run's k, costs and balance, best first."""
     table = Table(
-        title=f"test {summary['metric']} on {summary['corpus']}, {len(summary['seeds'])} seeds, equal"
+        title=f"test {summary['metric']} on {summary['corpus']}, {seeds_of(summary)}, equal"
         f" {summary['budget']}",
         caption=_verdict(summary), title_style="bold", title_justify="left", caption_justify="left",
     )  # fmt: skip
@@ -73,9 +79,9 @@ def markdown(summary: dict[str, Any], images: Sequence[Path], command: str, wher
     metric, seeds = summary["metric"], summary["seeds"]
     parts = [
         f"# Routing policies on {summary['corpus']}",
-        f"Test {metric}, lower is better, of {len(seeds)} seeds ({', '.join(map(str, seeds))}) each, at equal"
-        f" {summary['budget']}. Mean ± standard deviation between seeds. All have the same data in the same"
-        f" order, model, optimizer and schedule; {summary['n_experts']} experts, k = {summary['top_k']}.",
+        f"Test {metric}, lower is better, of {seeds_of(summary)} ({', '.join(map(str, seeds))}) each, at"
+        f" equal {summary['budget']}. Mean ± standard deviation between seeds. All have the same data in the"
+        f" same order, model, optimizer and schedule; {summary['n_experts']} experts, k = {summary['top_k']}.",
         f"    {command}",
         where,
         "## Figures",
