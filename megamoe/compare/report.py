@@ -80,8 +80,9 @@ def markdown(summary: dict[str, Any], images: Sequence[Path], command: str, wher
     parts = [
         f"# Routing policies on {summary['corpus']}",
         f"Test {metric}, lower is better, of {seeds_of(summary)} ({', '.join(map(str, seeds))}) each, at"
-        f" equal {summary['budget']}. Mean ± standard deviation between seeds. All have the same data in the"
-        f" same order, model, optimizer and schedule; {summary['n_experts']} experts, k = {summary['top_k']}.",
+        f" equal {summary['budget']}. Mean ± standard deviation between seeds. All have the same data in"
+        f" the same order, model, optimizer and schedule; {summary['n_experts']} experts,"
+        f" k = {summary['top_k']}.",
         f"    {command}",
         where,
         "## Figures",
