@@ -30,12 +30,14 @@ class Noise:
     comparison; what is left after the means of policies and of seeds is noise.
 
     Attributes:
-        deviation: standard deviation of what is left.
+        deviation: standard deviation of what is left, pooled over policies.
         smallest: difference between two means over seeds that chance reaches in one case of twenty.
+        by_label: standard deviation of what is left of each policy, from few seeds and so itself uncertain.
     """
 
     deviation: float
     smallest: float
+    by_label: dict[str, float]
 
 
 def seeds_of(summary: dict[str, Any]) -> str:
@@ -46,9 +48,12 @@ def seeds_of(summary: dict[str, Any]) -> str:
 
 def noise(summary: dict[str, Any]) -> Noise | None:
     """Of the policies scored with all seeds; None with one seed or one policy: then nothing is known."""
-    found = [figure_at(entry, summary["top_k"]) for entry in summary["contestants"]]
     n_seeds = len(summary["seeds"])
-    figures_PS = np.array([one[1]["seeds"] for one in found if one and len(one[1]["seeds"]) == n_seeds])
+    found = {entry["label"]: figure_at(entry, summary["top_k"]) for entry in summary["contestants"]}
+    scored = {
+        label: one[1]["seeds"] for label, one in found.items() if one and len(one[1]["seeds"]) == n_seeds
+    }
+    figures_PS = np.array([*scored.values()])
     if len(figures_PS) < 2 or n_seeds < 2:
         return None
     left_PS = figures_PS - figures_PS.mean(1, keepdims=True) - figures_PS.mean(0) + figures_PS.mean()
@@ -56,7 +61,13 @@ def noise(summary: dict[str, Any]) -> Noise | None:
     deviation = math.sqrt(float(np.square(left_PS).sum()) / freedom)
     from scipy.stats import t
 
-    return Noise(deviation, float(t.ppf(0.975, freedom)) * deviation * math.sqrt(2 / n_seeds))
+    # Over P policies, left_PS loses a share of 1 / P to the means of seeds.
+    own_P = np.sqrt(np.square(left_PS).sum(1) * len(figures_PS) / freedom)
+    return Noise(
+        deviation=deviation,
+        smallest=float(t.ppf(0.975, freedom)) * deviation * math.sqrt(2 / n_seeds),
+        by_label=dict(zip(scored, own_P.tolist(), strict=True)),
+    )
 
 
 def terminal_table(summary: dict[str, Any]) -> Table:
@@ -101,11 +112,9 @@ def markdown(summary: dict[str, Any], images: Sequence[Path], command: str, wher
 
 
 _SCORED = """\
-Scored are the weights that megamoe train calls best: those with the lowest validation loss with all experts
-active. Where a policy that is trained at a small k gets worse with all experts, they are early ones; the
-learning curves in figures.png show the rest. At a k that was not trained with, a policy is asked for
-something it did not learn. A policy that decides its number of experts itself has one figure, under that
-number."""
+Scored are the best weights of each run, those with the lowest validation loss at evaluation.best_k. At a k
+that was not trained with, a policy is asked for something it did not learn. A policy that decides its number
+of experts itself has one figure, under that number."""
 
 _COST_NOTES = """\
 Parameters are those that are trained; frozen ones are saved with the model. Experts per token are those
@@ -137,9 +146,10 @@ def _verdict(summary: dict[str, Any]) -> str:
     best = order[0]["label"]
     alike = [label for label, mean in means.items() if label != best and mean - means[best] < chance.smallest]
     return (
-        f"Beyond what a seed does to all policies alike, a figure deviates by {chance.deviation:.4f}"
-        f" (standard deviation), so two means over {len(summary['seeds'])} seeds are told apart from about"
-        f" {chance.smallest:.4f} on (95 %, each pair by itself). The best, {best}, is "
+        f"Beyond what a seed does to all policies alike, a figure at k = {summary['top_k']} deviates by"
+        f" {chance.deviation:.4f} (standard deviation, pooled over policies; each one's own is in the last"
+        f" column), so two means over {seeds_of(summary)} are told apart from about {chance.smallest:.4f} on"
+        f" (95 %, each pair by itself). The best, {best}, is "
         + (f"not told apart from {', '.join(alike)}." if alike else "told apart from all others.")
         + lost
     )
@@ -147,9 +157,14 @@ def _verdict(summary: dict[str, Any]) -> str:
 
 def _figure_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ks = sorted({int(k) for entry in summary["contestants"] for k in entry["figures"]})
-    header = ["policy", *(f"k = {k}" for k in ks)]
+    chance = noise(summary)
+    header = ["policy", *(f"k = {k}" for k in ks), "noise"]
     rows = [
-        [entry["label"], *(_figure(entry["figures"].get(str(k)), summary["metric"]) for k in ks)]
+        [
+            entry["label"],
+            *(_figure(entry["figures"].get(str(k)), summary["metric"]) for k in ks),
+            _number(chance.by_label.get(entry["label"]) if chance else None, 4),
+        ]
         for entry in ranked(summary)
     ]
     return header, rows

@@ -270,6 +270,9 @@ class EvaluationConfig:
     same_length: bool = option(False, "let every token attend to equally many positions")
     clamp_len: int = option(0, "largest relative distance told apart; 0 tells all apart")
     top_ks: tuple[int, ...] = option((1, 2, 4, 8, 16, 32, 64), "k to score at; those above E are left out")
+    best_k: int | Auto = option(
+        "auto", "k whose validation loss decides what is best; auto: moe.top_k if k is constant, else all"
+    )
     allow_noncausal: bool = option(
         False, "also score a policy whose choices depend on later tokens; its figures are no language model's"
     )
@@ -278,6 +281,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_positive("evaluation", self, "batch_size", "segment_len")
         require_not_negative("evaluation", self, "every", "clamp_len", "max_tokens", "memory_len")
+        require_positive("evaluation", self, "best_k")
         _require(all(k > 0 for k in self.top_ks), "evaluation.top_ks", self.top_ks, "give k above 0")
 
 

@@ -43,10 +43,9 @@ class Accuracy(Evaluation):
         """Share of sentences classified rightly."""
         return self.correct[top_k] / self.tokens
 
-    @property
-    def selection(self) -> float:
-        """Share of sentences classified wrongly with all experts."""
-        return 1 - self.figure(self.largest_k)
+    def selection(self, top_k: int) -> float:
+        """Share of sentences classified wrongly."""
+        return 1 - self.figure(top_k)
 
     def cells(self, top_k: int) -> dict[str, str]:
         """Accuracy, its interval and the loss."""

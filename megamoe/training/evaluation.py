@@ -40,15 +40,9 @@ class Evaluation:
     nats: dict[int, float]
     words_per_token: float | None = None
 
-    @property
-    def largest_k(self) -> int:
-        """The k whose validation figure decides which checkpoint is best."""
-        return max(self.nats)
-
-    @property
-    def selection(self) -> float:
-        """The figure at the largest k by which checkpoints are compared; the lowest is best."""
-        return self.figure(self.largest_k)
+    def selection(self, top_k: int) -> float:
+        """What is compared at `top_k` to find the best checkpoint; the lowest is best."""
+        return self.figure(top_k)
 
     def figure(self, top_k: int) -> float:
         """The loss at `top_k` in the corpus' own metric."""
@@ -129,6 +123,23 @@ def top_ks_to_score(run: RunConfig, wanted: Iterable[int]) -> tuple[int, ...]:
     if not kept:
         raise ConfigError(f"evaluation.top_ks = {wanted}: name a k up to moe.n_experts = {run.moe.n_experts}")
     return tuple(kept)
+
+
+def best_k(run: RunConfig) -> int:
+    """The k whose validation loss decides which weights are best.
+
+    Unless `evaluation.best_k` says it, that is the one k that a run is trained with, or all experts where k
+    changes, as published.
+
+    Raises:
+        ConfigError: there are fewer experts.
+    """
+    moe, asked = run.moe, run.evaluation.best_k
+    if not isinstance(asked, int):
+        asked = moe.top_k if moe.schedule.mode == "constant" else moe.n_experts
+    if asked > moe.n_experts:
+        raise ConfigError(f"evaluation.best_k = {asked}: name a k up to moe.n_experts = {moe.n_experts}")
+    return top_ks_to_score(run, [asked])[0]
 
 
 def require_causal(run: RunConfig) -> None:

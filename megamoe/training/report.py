@@ -15,7 +15,7 @@ def figures_table(evaluation: Evaluation, *, n_experts: int, top_k: int) -> Tabl
         caption_justify="left",
     )
     table.add_column("active experts k", justify="right")
-    for title in evaluation.cells(evaluation.largest_k):
+    for title in evaluation.cells(max(evaluation.nats)):
         table.add_column(title, justify="right", style="bold" if title == evaluation.metric else "")
     table.add_column("")
     for k in evaluation.nats:

@@ -31,6 +31,7 @@ from megamoe.training import signals
 from megamoe.training.callbacks import build_callbacks
 from megamoe.training.environment import describe_environment
 from megamoe.training.evaluation import (
+    best_k,
     evaluation_span,
     require_causal,
     require_known_domains,
@@ -81,6 +82,7 @@ def conduct(
     resolve_options(run.moe.router)
     require_causal(run)
     top_ks_to_score(run, run.evaluation.top_ks)
+    best_k(run)
     evaluation_span(run)
     folder = RunFolder.of(run)
     lock = RunLock(folder.root)

@@ -31,7 +31,7 @@ from megamoe.parallel.lost import is_lost_rank, lost_rank
 from megamoe.training import signals
 from megamoe.training.banner import describe
 from megamoe.training.callbacks.callback import Callback, StepRecord
-from megamoe.training.evaluation import Evaluation, evaluate, top_ks_to_score
+from megamoe.training.evaluation import Evaluation, best_k, evaluate, top_ks_to_score
 from megamoe.training.guard import Guard
 from megamoe.training.heartbeat import Heartbeat, Watch
 from megamoe.training.learning_rate import Plateau, learning_rate
@@ -60,7 +60,7 @@ class Trainer:
     Attributes:
         step: optimizer steps done.
         tokens: tokens trained on.
-        best_figure: lowest validation figure so far, in the corpus' metric, at the largest k that is scored.
+        best_figure: lowest validation figure so far, in the corpus' metric, at `evaluation.best_k`.
         best_step: the step of it.
         last_checkpoint: newest complete checkpoint of this process.
     """
@@ -267,13 +267,12 @@ class Trainer:
         self._tell("on_log", {"step": self.step, "tokens": self.tokens} | figures)
 
     def _validate(self) -> None:
-        """Score the validation split at `moe.top_k` and at all experts; the latter decides what is best."""
-        moe = self.run.moe
-        evaluation = self._evaluate(
-            "valid", (moe.top_k, moe.n_experts), self.step, lambda: self._beat("validation")
-        )
-        self.plateau.observe(evaluation.nats[evaluation.largest_k], self.run.optimizer)
-        figure = evaluation.selection
+        """Score the validation split at `moe.top_k`, at all experts and at the k that decides on the best."""
+        moe, deciding = self.run.moe, best_k(self.run)
+        wanted = (moe.top_k, moe.n_experts, deciding)
+        evaluation = self._evaluate("valid", wanted, self.step, lambda: self._beat("validation"))
+        self.plateau.observe(evaluation.nats[deciding], self.run.optimizer)
+        figure = evaluation.selection(deciding)
         if math.isfinite(figure) and (self.best_figure is None or figure < self.best_figure):
             self.best_figure, self.best_step = figure, self.step
         self._tell("on_evaluation", evaluation)

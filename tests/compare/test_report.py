@@ -47,6 +47,10 @@ def test_noise_is_what_policies_and_seeds_do_not_explain():
     deviation = math.sqrt(float(residuals[0]) / (12 - 6))
     assert found.deviation == pytest.approx(deviation)
     assert found.smallest == pytest.approx(stats.t.ppf(0.975, 6) * deviation * math.sqrt(2 / 3))
+    # Each policy's own part of it; pooled they are the whole.
+    assert np.mean(np.square([*found.by_label.values()])) == pytest.approx(deviation**2)
+    rest = figures - figures.mean(1, keepdims=True) - figures.mean(0) + figures.mean()
+    assert found.by_label["p2"] == pytest.approx(math.sqrt(float(rest[2] @ rest[2]) * 4 / 6))
 
 
 def test_with_two_policies_it_is_the_paired_t_test():
@@ -74,8 +78,8 @@ def test_the_report_says_who_is_alike():
     assert [one["label"] for one in ranked(close)] == ["best", "near", "own_k", "far"]
     text = markdown(close, [], "megamoe compare", "here")
     assert "The best, best, is not told apart from near." in text
-    assert "| best |  | 2.1000 ± 0.1000 | 2.1000 ± 0.1000 |" in text
-    assert "| own_k | 2.6000 ± 0.1000 |  |  |" in text
+    assert "| best |  | 2.1000 ± 0.1000 | 2.1000 ± 0.1000 | 0.0017 |" in text
+    assert "| own_k | 2.6000 ± 0.1000 |  |  | 0.0017 |" in text
     assert figure_at(close["contestants"][3], 2)[0] == "1"
 
 

@@ -31,7 +31,7 @@ from megamoe.parallel.launch import World, read_launch, start
 from megamoe.parallel.optimizer import build_optimizer, parameter_groups
 from megamoe.training.callbacks import Callback, StepRecord, build_callbacks
 from megamoe.training.classifier_trainer import ClassifierTrainer
-from megamoe.training.evaluation import evaluate, require_causal
+from megamoe.training.evaluation import best_k, evaluate, require_causal
 from megamoe.training.finetune import read_sentences
 from megamoe.training.guard import Guard
 from megamoe.training.heartbeat import Heartbeat, Watch
@@ -173,6 +173,10 @@ def figures(run: RunConfig) -> Any:
     return scored.tokens, scored.nats
 
 
+def deciding(run: RunConfig) -> Any:
+    return best_k(run)
+
+
 def refusal(run: RunConfig) -> Any:
     return attempt(lambda: require_causal(run))
 
@@ -293,6 +297,7 @@ PROBES: list[tuple[str, str, Callable[[RunConfig], Any], str]] = [
     ("evaluation.clamp_len", "2", figures, ""),
     ("evaluation.top_ks", "3,4", figures, ""),
     ("data.domains", "missing", corpus, ""),
+    ("evaluation.best_k", "1", deciding, ""),
     ("evaluation.allow_noncausal", "true", refusal, "moe.router.name=expert_choice"),
     ("evaluation.max_tokens", "30", figures, ""),
     ("checkpoint.resume", "missing", start_point, ""),

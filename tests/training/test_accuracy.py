@@ -101,7 +101,7 @@ def test_figures_and_what_decides() -> None:
         corpus="toy", split="valid", metric="accuracy", tokens=10, nats={2: 0.5, 4: 0.4},
         correct={2: 9, 4: 7}, n_classes=2, overlap=1,
     )  # fmt: skip
-    assert found.selection == pytest.approx(0.3)
+    assert found.selection(4) == pytest.approx(0.3)
     assert found.metrics() == {
         "valid/loss_k2": 0.5, "valid/accuracy_k2": 0.9, "valid/loss_k4": 0.4, "valid/accuracy_k4": 0.7,
     }  # fmt: skip

@@ -15,6 +15,7 @@ from megamoe.parallel.launch import read_launch, start
 from megamoe.training.evaluation import (
     NO_EXPERTS,
     Evaluation,
+    best_k,
     evaluate,
     evaluation_span,
     in_metric,
@@ -116,6 +117,20 @@ def test_only_runnable_k_are_scored(tmp_path):
     assert top_ks_to_score(dense, (1, 2)) == (4,)
 
 
+def test_what_is_best_is_decided_at_the_k_of_training(tmp_path):
+    def found(asked: int | str = "auto", **moe: Any) -> int:
+        return best_k(toy_run(tmp_path, evaluation={"best_k": asked}, moe=moe))
+
+    constant = {"schedule": {"mode": "constant"}}
+    assert (found(), found(**constant), found(3, **constant)) == (4, 2, 3)
+    assert found(**constant, router={"name": "switch"}) == 1
+    assert found(layers="none") == NO_EXPERTS
+    with pytest.raises(ConfigError, match=r"^evaluation.best_k = 5: name a k up to moe.n_experts = 4$"):
+        found(5)
+    with pytest.raises(ConfigError, match=r"^evaluation.best_k = 0: "):
+        found(0)
+
+
 def test_units():
     assert in_metric(math.log(2), "bpc") == 1
     assert in_metric(math.log(50), "ppl") == pytest.approx(50)
@@ -141,6 +156,5 @@ def test_names_of_metrics():
         "valid/bpc_k2": 2.0,
     }
     assert scored.metrics() == pytest.approx(expected)
-    assert scored.largest_k == 2
     dense = Evaluation("text", "valid", "bpc", 10, {NO_EXPERTS: math.log(2)})
     assert dense.metrics() == {"valid/loss": math.log(2), "valid/bpc": 1.0}

@@ -94,6 +94,10 @@ def run_everything(folder: str) -> dict[str, Any]:
     results: dict[str, Any] = {
         precision: resume_twice(world, Path(folder) / precision, precision) for precision in PRECISIONS
     }
+    for best_k in ("auto", 2):
+        evaluation = {"best_k": best_k, "top_ks": [1]}
+        moe = {"top_k": 1, "schedule": {"mode": "constant"}}
+        train_toy(toy_run(Path(folder), name=f"best_{best_k}", moe=moe, evaluation=evaluation), FP32, world)
     last = world.world_size - 1
     results["nan"] = stopped_by_guard(world, Path(folder), "nan", FP32, Disturb(last, 2, math.nan))
     results["spike"] = stopped_by_guard(
@@ -186,6 +190,15 @@ def test_best_is_the_lowest_validation_loss_at_all_experts(trained):
     state = json.loads((folder / "fp32/uncut/best/state.json").read_text())
     assert state["step"] == min(scored, key=scored.__getitem__)
     assert json.loads((folder / "fp32/uncut/results.json").read_text())["best_step"] == state["step"]
+
+
+@pytest.mark.parametrize(("best_k", "scored_k"), [("auto", 1), (2, 2)])
+def test_a_constant_k_and_the_option_decide_what_is_best(trained, best_k, scored_k):
+    folder, _ = trained
+    lines = read_metrics(folder / f"best_{best_k}/metrics.jsonl")
+    scored = {line["step"]: line[f"valid/bpc_k{scored_k}"] for line in lines if "valid/loss_k4" in line}
+    state = json.loads((folder / f"best_{best_k}/best/state.json").read_text())
+    assert (state["step"], state["best_metric"]) == min(scored.items(), key=lambda found: found[1])
 
 
 def test_plateau_lowers_the_rate(trained):
