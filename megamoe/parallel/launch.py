@@ -305,10 +305,11 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
     _quiet(launch)
     _share_cores(launch)
     device = _device(launch)
-    # Before there is a group: DeepSpeed's signatures would hold it for ever, and gloo's threads would still
-    # run when the interpreter ends, which now and then aborts the process.
+    # Before there is a group: defaults in their signatures would hold it for ever, and gloo's threads would
+    # still run when the interpreter ends, which now and then aborts the process.
     import deepspeed
     import deepspeed.ops
+    import torch.distributed.nn.functional
 
     if not dist.is_initialized():
         join(launch, "nccl" if device.type == "cuda" else "gloo", timeout)
