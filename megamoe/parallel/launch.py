@@ -309,7 +309,7 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
     # still run when the interpreter ends, which now and then aborts the process.
     import deepspeed
     import deepspeed.ops
-    import torch.distributed.nn.functional
+    from torch.distributed.nn import functional  # noqa: F401
 
     if not dist.is_initialized():
         join(launch, "nccl" if device.type == "cuda" else "gloo", timeout)
