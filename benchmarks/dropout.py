@@ -28,8 +28,8 @@ from torch.nn.functional import dropout
 from benchmarks.record import add_output, keep
 from megamoe.config import RunConfig, load_config
 from megamoe.models.transformer_xl import TransformerXL
+from megamoe.moe import mixture
 from megamoe.moe.dropout import Dropout
-from megamoe.moe.experts import Experts
 from megamoe.moe.randomness import draw
 
 PRESETS = ("small_enwik8", "large_enwik8")
@@ -87,16 +87,15 @@ def alone(shape: tuple[int, ...], p: float, rounds: int, device: torch.device, d
 
 @contextmanager
 def torch_dropout() -> Iterator[None]:
-    """The model draws by torch's dropout, and makes no keys for it."""
+    """The model draws by torch's dropout, outside its keys, which it still makes."""
 
     def drop(self: Dropout, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         return dropout(x, self.p, self.training)
 
-    def drop_hidden(self: Experts, *_: Any) -> Callable[..., torch.Tensor]:
-        return lambda hidden, _: dropout(hidden, self.dropout.p, self.training)
+    def drop_hidden(x: torch.Tensor, keys: torch.Tensor, p: float) -> torch.Tensor:
+        return dropout(x, p, inplace=True)
 
-    inactive = patch.object(Dropout, "active", property(lambda self: False))
-    with inactive, patch.object(Dropout, "forward", drop), patch.object(Experts, "_drop", drop_hidden):
+    with patch.object(Dropout, "forward", drop), patch.object(mixture, "drop_", drop_hidden):
         yield
 
 

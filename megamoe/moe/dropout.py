@@ -33,6 +33,17 @@ def keep_mask(keys: torch.Tensor, width: int, p: float) -> torch.Tensor:
     return keep_NU[:, :width].reshape(*keys.shape, width)
 
 
+def rescale(p: float) -> float:
+    """What kept units are multiplied by, so that their mean stays."""
+    return LEVELS / (LEVELS - dropped_levels(p))
+
+
+def drop_(x: torch.Tensor, keys: torch.Tensor, p: float) -> torch.Tensor:
+    """Drop units of `x` [..., width] in place, outside autograd, by keys [...] of tokens at their site."""
+    # CPUs multiply by bytes in half the time that they need for booleans.
+    return x.mul_(keep_mask(keys, x.shape[-1], p).view(torch.uint8)).mul_(rescale(p))
+
+
 class Dropout(nn.Module):
     """In training, zero units with probability p and multiply the others by 1 / (1 - p).
 
@@ -65,8 +76,7 @@ class Dropout(nn.Module):
             return x
         assert keys is not None, f"dropout at {self.site} in training: give the keys of the tokens"
         keep = keep_mask(at_site(keys, self.site), x.shape[-1], self.p)
-        # CPUs multiply by bytes in half the time that they need for booleans.
-        return (x * keep.view(torch.uint8)).mul_(LEVELS / (LEVELS - dropped_levels(self.p)))
+        return (x * keep.view(torch.uint8)).mul_(rescale(self.p))
 
     def extra_repr(self) -> str:
         """Probability and site, for print(model)."""

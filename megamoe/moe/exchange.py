@@ -1,60 +1,61 @@
-"""Tokens to experts and back: the contract, and its one-rank form.
+"""Tokens to the ranks that own their experts and back: the contract, and its one-rank form.
 
-Shapes: T tokens, D model width, K choices per token, N rows, one for each (token, choice) pair that
-reaches an expert of this rank.
+Shapes: T tokens of this rank, K choices of each, D model width, E experts; N tokens that have arrived at
+this rank's experts, P choices that they made among these.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch.nn.functional import embedding_bag
 
 from megamoe.moe.precision import at_least_fp32
-from megamoe.moe.selection import choices_per_expert
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """Rows for the experts of this rank, and what it takes to undo the way here.
+class Arrived:
+    """Tokens at the ranks of their experts, each once however many of these it goes to.
 
     Attributes:
-        rows_ND: inputs, grouped by local expert in rising order.
-        counts: rows of each local expert, summing to N; experts without tokens count 0.
-        choices: the choices of this rank's tokens.
-        plan: private to the exchange that made it.
+        x_ND: the tokens.
+        token_P: which of the N tokens made choice p.
+        expert_P: its expert, counted from the first of this rank; as many as there are here for none.
+        weights_P: its weight, in fp32 or wider; None where outputs are not to be weighted.
+        keys_N: keys of the tokens for dropout; None where nothing is dropped.
+        way_home: private to the exchange.
     """
 
-    rows_ND: torch.Tensor
-    counts: list[int]
-    choices: "SortedChoices"
-    plan: object = None
+    x_ND: torch.Tensor
+    token_P: torch.Tensor
+    expert_P: torch.Tensor
+    weights_P: torch.Tensor | None
+    keys_N: torch.Tensor | None
+    way_home: object
 
 
 class Exchange(Protocol):
-    """Moves token rows to the ranks that own their experts, and the results back.
+    """Moves tokens to the ranks that own their experts, and the results back.
 
-    Every rank makes the same calls in the same order, also when it has no rows to send.
+    Every rank makes the same calls in the same order, also when it has nothing to send.
     """
 
-    def dispatch(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, n_experts: int) -> Dispatched:
-        """Send a copy of token t to expert_ids_TK[t, j] for each choice j that is not -1."""
+    def dispatch(
+        self,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor | None,
+        n_experts: int,
+        keys_T: torch.Tensor | None,
+    ) -> Arrived:
+        """Send each token to every rank that owns one of its experts; choices of -1 go nowhere."""
         ...
 
-    def send_along(self, values_T: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        """Send one number per token, without gradient, the way its copies went.
-
-        Returns:
-            [N], row n's number where `dispatched.rows_ND` has row n.
-        """
+    def bring_home(self, y_ND: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+        """What the tokens' experts on all ranks made of them, summed in fp32; [T, D] in the type of y."""
         ...
 
-    def bring_home(self, rows_ND: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        """Send expert outputs back; they arrive in the order of `dispatched.choices`.
-
-        Returns:
-            [N', D], one row for each choice that this rank's tokens made.
-        """
+    def bring_choices_home(self, rows_PD: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+        """A row for each choice of this rank's tokens, [T, K, D] in fp32; zero where it names no expert."""
         ...
 
     def to_all(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
@@ -75,92 +76,33 @@ class Exchange(Protocol):
         ...
 
 
-class _CopyTokens(torch.autograd.Function):
-    """Row n is a copy of token token_N[n].
-
-    The gradient adds a token's rows up in token order; that of plain indexing adds them in any order
-    on a GPU, so that two equal runs would differ.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: torch.Tensor, token_N: torch.Tensor, row_N: torch.Tensor, first_T: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(row_N, first_T)
-        return x_TD.index_select(0, token_N)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_ND: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        row_N, first_T = ctx.saved_tensors
-        return embedding_bag(row_N, gradient_ND, first_T, mode="sum"), None, None, None
-
-
-@dataclass(frozen=True)
-class SortedChoices:
-    """The choices of T tokens that name an expert, sorted by expert, in token order within one.
-
-    The order of the rows and the order of the tokens are kept side by side: choices count through
-    [T, K], rows through the sorted ones.
-
-    Attributes:
-        counts: rows of each of the E experts, summing to N.
-        token_N: token of row n.
-        choice_N: the choices that name an expert, rising.
-        row_N: row of each of those.
-        first_T: where the choices of token t begin in `choice_N` and `row_N`.
-    """
-
-    counts: list[int]
-    token_N: torch.Tensor
-    choice_N: torch.Tensor
-    row_N: torch.Tensor
-    first_T: torch.Tensor
-
-    @classmethod
-    def of(cls, expert_ids_TK: torch.Tensor, n_experts: int) -> "SortedChoices":
-        """Sort choices by expert; those of -1 are left out."""
-        counts = choices_per_expert(expert_ids_TK, n_experts).tolist()
-        n_left_out = expert_ids_TK.numel() - sum(counts)
-        sorted_N = expert_ids_TK.flatten().argsort(stable=True)[n_left_out:]
-        choice_N, row_N = sorted_N.sort()
-        kept_T = (expert_ids_TK >= 0).sum(1)
-        return cls(counts, sorted_N // expert_ids_TK.shape[1], choice_N, row_N, kept_T.cumsum(0) - kept_T)
-
-    def gather(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """One copy of its token for each row, [N, D]."""
-        return _CopyTokens.apply(x_TD, self.token_N, self.row_N, self.first_T)
-
-    def weighted_sum(self, rows_ND: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Each token's rows times their weights, summed in fp32; [T, D] in the type of the rows."""
-        wide_ND = at_least_fp32(rows_ND)
-        weights_N = weights_TK.flatten().index_select(0, self.choice_N).to(wide_ND.dtype)
-        y_TD = embedding_bag(self.row_N, wide_ND, self.first_T, mode="sum", per_sample_weights=weights_N)
-        return y_TD.to(rows_ND.dtype)
-
-    def per_choice(self, rows_ND: torch.Tensor, top_k: int) -> torch.Tensor:
-        """Each choice's row, [T, K, D] in fp32; zero where a choice names no expert."""
-        wide_ND = at_least_fp32(rows_ND)
-        flat = wide_ND.new_zeros(len(self.first_T) * top_k, rows_ND.shape[1])
-        return flat.index_copy(0, self.choice_N, wide_ND.index_select(0, self.row_N)).unflatten(
-            0, (-1, top_k)
-        )
-
-
 class LocalExchange:
-    """All experts are here: rows are copies of tokens, sorted by expert, in token order within one."""
+    """All experts are here, and so are the tokens."""
 
-    def dispatch(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, n_experts: int) -> Dispatched:
-        """Group a copy of each chosen token by expert; choices of -1 are left out."""
-        choices = SortedChoices.of(expert_ids_TK, n_experts)
-        return Dispatched(choices.gather(x_TD), choices.counts, choices)
+    def dispatch(
+        self,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor | None,
+        n_experts: int,
+        keys_T: torch.Tensor | None,
+    ) -> Arrived:
+        """Nothing moves."""
+        n_tokens, top_k = expert_ids_TK.shape
+        token_P = torch.arange(n_tokens, device=x_TD.device).repeat_interleave(top_k)
+        ids_P = expert_ids_TK.flatten()
+        expert_P = ids_P.where(ids_P >= 0, n_experts)
+        weights_P = None if weights_TK is None else weights_TK.flatten()
+        return Arrived(x_TD, token_P, expert_P, weights_P, keys_T, way_home=expert_ids_TK.shape)
 
-    def send_along(self, values_T: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        """Each row's token's number."""
-        return values_T.index_select(0, dispatched.choices.token_N)
-
-    def bring_home(self, rows_ND: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+    def bring_home(self, y_ND: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         """They are at home."""
-        return rows_ND
+        return y_ND
+
+    def bring_choices_home(self, rows_PD: torch.Tensor, arrived: Arrived) -> torch.Tensor:
+        """They are at home."""
+        assert isinstance(arrived.way_home, tuple)
+        return at_least_fp32(rows_PD).unflatten(0, arrived.way_home)
 
     def to_all(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """The tokens."""

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.config.schema import MoEConfig
-from megamoe.moe.exchange import Dispatched, Exchange, LocalExchange
+from megamoe.moe.exchange import Arrived, Exchange, LocalExchange
 from megamoe.moe.experts import Experts
 from megamoe.moe.routers import build_router
 from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
@@ -113,19 +113,15 @@ class _LayerMixture:
     def _combine(
         self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        rows_ND, dispatched = self._compute(x_TD, expert_ids_TK)
-        return dispatched.choices.weighted_sum(rows_ND, weights_TK)
+        arrived = self._dispatch(x_TD, expert_ids_TK, weights_TK)
+        return self.exchange.bring_home(self.experts(arrived), arrived)
 
     def _outputs(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor) -> torch.Tensor:
-        rows_ND, dispatched = self._compute(x_TD, expert_ids_TK)
-        return dispatched.choices.per_choice(rows_ND, expert_ids_TK.shape[1])
+        arrived = self._dispatch(x_TD, expert_ids_TK, None)
+        return self.exchange.bring_choices_home(self.experts.outputs(arrived), arrived)
 
-    def _compute(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor) -> tuple[torch.Tensor, Dispatched]:
-        """The outputs for this rank's tokens, sorted by expert."""
-        dispatched = self.exchange.dispatch(x_TD, expert_ids_TK, self.layer.n_experts)
-        keys_N = None
-        if self.experts.dropout.active:
-            assert self.token_keys_T is not None, "dropout in training: give RouterContext.token_keys_T"
-            keys_N = self.exchange.send_along(self.token_keys_T, dispatched)
-        rows_ND = self.experts(dispatched.rows_ND, dispatched.counts, keys_N)
-        return self.exchange.bring_home(rows_ND, dispatched), dispatched
+    def _dispatch(
+        self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor | None
+    ) -> Arrived:
+        keys_T = self.token_keys_T if self.experts.dropout.active else None
+        return self.exchange.dispatch(x_TD, expert_ids_TK, weights_TK, self.layer.n_experts, keys_T)

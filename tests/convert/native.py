@@ -73,11 +73,15 @@ class NativeMoE(MoE):
         parts = self.deepspeed_moe
         x_TD = x_BSD.flatten(0, -2)
         routing = parts.gate(x_TD, context)
-        sent = parts.exchange.dispatch(x_TD, routing.expert_ids_TK, self.num_experts)
-        chunks = zip(parts.experts.deepspeed_experts, sent.rows_ND.split(sent.counts), strict=True)
-        rows_ND = torch.cat([expert(rows) for expert, rows in chunks])
-        home_ND = parts.exchange.bring_home(rows_ND, sent)
-        return sent.choices.weighted_sum(home_ND, routing.weights_TK).view_as(x_BSD), routing
+        sent = parts.exchange.dispatch(
+            x_TD, routing.expert_ids_TK, routing.weights_TK, self.num_experts, None
+        )
+        y_ND = torch.zeros_like(sent.x_ND, dtype=torch.float32)
+        for e, expert in enumerate(parts.experts.deepspeed_experts):
+            chosen = sent.expert_P == e
+            tokens = sent.token_P[chosen]
+            y_ND = y_ND.index_add(0, tokens, expert(sent.x_ND[tokens]) * sent.weights_P[chosen, None])
+        return parts.exchange.bring_home(y_ND.to(x_TD.dtype), sent).view_as(x_BSD), routing
 
 
 class _Parts(nn.Module):

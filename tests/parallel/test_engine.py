@@ -51,12 +51,13 @@ def test_bf16_equals_plain_bf16_within_its_precision(facts: list[dict[str, Any]]
         assert bf16["first_gradient"] < 0.02
 
 
-def test_bf16_does_not_depend_on_where_experts_are(facts: list[dict[str, Any]]) -> None:
-    deviations = facts[0]["bf16"]["spread_against_whole"]
-    assert deviations["loss"] < 5e-3, deviations
-    assert deviations["norm"] < 1e-2, deviations
-    # Only the first step's: after it the runs round to different weights, and a token may change its expert.
-    assert facts[0]["bf16"]["spread_first_gradient"] < 0.02
+def test_bf16_is_as_exact_wherever_experts_are(facts: list[dict[str, Any]]) -> None:
+    """The sums of two ranks' experts are rounded one by one, so the numbers differ by that."""
+    for rank in facts:
+        bf16 = rank["bf16"]
+        assert bf16["rounding_spread"] < 1.5 * bf16["rounding_whole"], bf16
+        spread, whole = bf16["losses"]
+        assert spread == pytest.approx(whole, rel=2e-3)
 
 
 def test_hypernetwork_stays_fp32_and_untrained_under_bf16(facts: list[dict[str, Any]]) -> None:

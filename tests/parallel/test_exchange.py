@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from megamoe.moe.exchange import Dispatched, Exchange, LocalExchange
+from megamoe.moe.exchange import Arrived, Exchange, LocalExchange
 from megamoe.parallel.exchange import AllToAllExchange
 from tests.ranks import run_ranks
 
@@ -37,6 +37,19 @@ NAMES = (
 )  # fmt: skip
 
 
+def arrive(exchange: Exchange, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: Any) -> Arrived:
+    return exchange.dispatch(x_TD, ids_TK, weights_TK, E, torch.arange(len(x_TD)) * 3 + 1)
+
+
+def rows_of(arrived: Arrived, w_EDD: torch.Tensor) -> torch.Tensor:
+    """A layer whose expert e multiplies by w_EDD[e], and by a number that each token brings along."""
+    none_DD = torch.zeros_like(w_EDD[:1])
+    w_PDD = torch.cat([w_EDD, none_DD])[arrived.expert_P]
+    rows_PD = torch.einsum("pd,pde->pe", arrived.x_ND[arrived.token_P], w_PDD)
+    assert arrived.keys_N is not None
+    return rows_PD * arrived.keys_N[arrived.token_P, None] / 22
+
+
 def mixture(
     exchange: Exchange,
     x_TD: torch.Tensor,
@@ -44,13 +57,25 @@ def mixture(
     weights_TK: torch.Tensor,
     w_EDD: torch.Tensor,
 ) -> torch.Tensor:
-    """A layer whose expert e multiplies by w_EDD[e], and by a number that each token sends along."""
-    dispatched: Dispatched = exchange.dispatch(x_TD, ids_TK, E)
-    chunks = dispatched.rows_ND.split(dispatched.counts)
-    rows_ND = torch.cat([rows @ w for rows, w in zip(chunks, w_EDD.unbind(), strict=True)])
-    numbers_T = torch.arange(len(x_TD)) * 3 + 1
-    rows_ND = rows_ND * exchange.send_along(numbers_T, dispatched)[:, None] / 22
-    return dispatched.choices.weighted_sum(exchange.bring_home(rows_ND, dispatched), weights_TK)
+    """Weighted sums of the experts' rows."""
+    arrived = arrive(exchange, x_TD, ids_TK, weights_TK)
+    assert arrived.weights_P is not None
+    rows_PD = rows_of(arrived, w_EDD) * arrived.weights_P[:, None]
+    y_ND = torch.zeros_like(arrived.x_ND).index_add(0, arrived.token_P, rows_PD)
+    return exchange.bring_home(y_ND, arrived)
+
+
+def each_choice(
+    exchange: Exchange,
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    w_EDD: torch.Tensor,
+) -> torch.Tensor:
+    """The same from each choice's row, weighted at home."""
+    arrived = arrive(exchange, x_TD, ids_TK, None)
+    rows_TKD = exchange.bring_choices_home(rows_of(arrived, w_EDD), arrived)
+    return (rows_TKD * weights_TK[..., None]).sum(1)
 
 
 def outputs_and_gradients(
@@ -77,7 +102,7 @@ def compare() -> dict[str, Any]:
     n_local = E // n_ranks
     mine = slice(rank * n_local, (rank + 1) * n_local)
     result = {}
-    for layer in (mixture, recomputed):
+    for layer in (mixture, each_choice, recomputed):
         for name in NAMES:
             ids_TK = choices(name, rank)
             *expected, w_grad = outputs_and_gradients(mixture, LocalExchange(), ids_TK, w_EDD)
@@ -89,22 +114,29 @@ def compare() -> dict[str, Any]:
 
 
 def traffic(exchange: AllToAllExchange, w_EDD: torch.Tensor) -> dict[str, Any]:
-    """Elements this rank sends in every all-to-all of one forward and backward pass."""
+    """What this rank sends in every all-to-all of one forward and backward pass, and how often it must."""
     sent: list[tuple[str, int]] = []
     original = dist.all_to_all_single
 
     def recording(received: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append((str(rows.dtype), rows.numel()))
+        sent.append((str(rows.dtype), rows.nbytes))
         return original(received, rows, *args, **kwargs)
 
     ids_TK = choices("some without expert", dist.get_rank())
     with mock.patch.object(dist, "all_to_all_single", recording):
         outputs_and_gradients(mixture, exchange, ids_TK, w_EDD)
-    counts = torch.bincount(ids_TK[ids_TK >= 0], minlength=E)
-    received = counts.clone()
-    dist.all_reduce(received)
-    mine = received.view(exchange.n_ranks, -1)[dist.get_rank()]
-    return {"sent": sent, "rows_from_home": int(counts.sum()), "rows_from_experts": int(mine.sum())}
+    n_ranks, n_local = exchange.n_ranks, E // exchange.n_ranks
+    counts_R2 = torch.tensor(
+        [
+            [len({t for t, _ in pairs}), len(pairs)]
+            for r in range(n_ranks)
+            for pairs in [[(t, e) for t, row in enumerate(ids_TK.tolist()) for e in row if e // n_local == r]]
+        ]
+    )
+    everyone = [torch.empty_like(counts_R2) for _ in range(n_ranks)]
+    dist.all_gather(everyone, counts_R2)
+    arrived_2 = torch.stack([counts_R2[dist.get_rank()] for counts_R2 in everyone]).sum(0)
+    return {"sent": sent, "from_home": counts_R2.sum(0).tolist(), "from_experts": arrived_2.tolist()}
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
@@ -112,19 +144,25 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(compare, request.param)
 
 
-@pytest.mark.parametrize("layer", ["mixture", "recomputed"])
+@pytest.mark.parametrize("layer", ["mixture", "each_choice", "recomputed"])
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_local_exchange(ranks: list[dict[str, Any]], layer: str, name: str) -> None:
     for rank in ranks:
         assert rank["differences"][f"{layer}: {name}"] < 1e-5
 
 
-def test_traffic_is_what_the_counts_say(ranks: list[dict[str, Any]]) -> None:
-    """Counts once; rows there, the number of each, and back; the gradients. No padding, nothing twice."""
+def test_traffic_is_the_least_possible(ranks: list[dict[str, Any]]) -> None:
+    """Numbers once; a token once to each rank of its experts, with weight and code of each choice and its
+    key; one sum back from each rank; the same again for gradients. No padding, nothing twice."""
+    n_ranks = len(ranks)
     for rank in ranks:
-        traffic = rank["traffic"]
-        home, away = traffic["rows_from_home"] * D, traffic["rows_from_experts"] * D
+        copies, choices = rank["traffic"]["from_home"]
+        copies_here, choices_here = rank["traffic"]["from_experts"]
         rows, numbers = "torch.float32", "torch.int64"
-        assert traffic["sent"] == [
-            (numbers, E), (rows, home), (numbers, home // D), (rows, away), (rows, home), (rows, away),
+        forward = [
+            (numbers, 8 * 2 * n_ranks), (rows, 4 * D * copies), (numbers, 8 * choices), (rows, 4 * choices),
+            (numbers, 8 * copies), (rows, 4 * D * copies_here),
         ]  # fmt: skip
+        backward = [(rows, 4 * D * copies), (rows, 4 * choices_here), (rows, 4 * D * copies_here)]
+        assert rank["traffic"]["sent"][:6] == forward
+        assert sorted(rank["traffic"]["sent"][6:]) == sorted(backward)
