@@ -26,8 +26,8 @@ def write_dense(folder: Path, **updates: Any) -> TransformerXL:
 
 
 def require_same_function(a: TransformerXL, b: TransformerXL) -> None:
-    """Logits of several segments with memory: equal within 1e-6; in double, up to the rounding of weights."""
-    torch.testing.assert_close(logits(a), logits(b), rtol=0, atol=1e-6)
+    """Logits of several segments with memory: equal within 2e-6; in double, up to the rounding of weights."""
+    torch.testing.assert_close(logits(a), logits(b), rtol=0, atol=2e-6)
     in_double = (logits(deepcopy(model).double()) for model in (a, b))
     torch.testing.assert_close(*in_double, rtol=0, atol=1e-7)
 
