@@ -20,10 +20,13 @@ EXAMPLES = """\
       --deepspeed_config ds_configs/zero1_bf16.json
   torchrun --nproc_per_node 2 --module megamoe train --config my_run.toml
   mpirun -n 2 python -m megamoe train --preset tiny_enwik8
+  megamoe train --preset tiny_enwik8 name=first --profile
 
 The run folder is OUTPUT_DIR/NAME (runs/PRESET-ROUTER where no name is given). The same command goes
 on from its newest checkpoint. On USR1 or TERM the run saves, and ends with exit code 75: the same command
-goes on as if nothing had been. `megamoe config --reference` lists all options."""
+goes on as if nothing had been. With --profile a few steps are taken from the start, or from
+checkpoint.resume=FOLDER, and a table of their time is printed; traces are in OUTPUT_DIR/NAME/profile, and
+nothing else of the run is touched. `megamoe config --reference` lists all options."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_deepspeed_arguments(parser)
     add_local_rank(parser)
+    parser.add_argument(
+        "--profile", action="store_true",
+        help="in place of training, show where the time of a few steps goes (logging.profile_steps)",
+    )  # fmt: skip
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +90,13 @@ def run(args: argparse.Namespace) -> int:
     config = read_run(args)
     ds, launch = read_launch_arguments(args)
 
-    from megamoe.training.session import train
+    if args.profile:
+        from megamoe.training.profile.trainer import profile
 
-    train(config, ds, launch)
+        profile(config, ds, launch)
+    else:
+        from megamoe.training.session import train
+
+        train(config, ds, launch)
     signals.ignore()
     return 0

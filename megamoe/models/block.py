@@ -15,6 +15,7 @@ from megamoe.models.attention import AttentionInputs, RelativeAttention
 from megamoe.models.feed_forward import FeedForward
 from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
+from megamoe.moe.rooms import room
 from megamoe.moe.routing import RouterContext, Routing
 
 
@@ -90,7 +91,9 @@ class Block(nn.Module):
 
     def _attend(self, x_BSD: torch.Tensor, memory_BMD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         context_BCD = self._before(self.attention_norm, torch.cat([memory_BMD, x_BSD], dim=1))
-        y_BSD = self.attention_dropout(self.attention(context_BCD, inputs), inputs.keys_BS)
+        with room("attention"):
+            y_BSD = self.attention(context_BCD, inputs)
+        y_BSD = self.attention_dropout(y_BSD, inputs.keys_BS)
         return self._after(self.attention_norm, x_BSD, y_BSD)
 
     def _mix(
@@ -105,7 +108,9 @@ class Block(nn.Module):
 
     def _feed_forward(self, x_BSD: torch.Tensor, keys_BS: torch.Tensor | None) -> torch.Tensor:
         assert self.feed_forward is not None
-        y_BSD = self.feed_forward(self._before(self.feed_forward_norm, x_BSD), keys_BS)
+        y_BSD = self._before(self.feed_forward_norm, x_BSD)
+        with room("feed_forward"):
+            y_BSD = self.feed_forward(y_BSD, keys_BS)
         return self._after(self.feed_forward_norm, x_BSD, self.feed_forward_dropout(y_BSD, keys_BS))
 
     def _before(self, norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:

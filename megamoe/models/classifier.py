@@ -21,6 +21,7 @@ from megamoe.models.attention import AttentionSpan
 from megamoe.models.initialization import initialize
 from megamoe.models.transformer_xl import Backbone
 from megamoe.moe.dropout import Dropout
+from megamoe.moe.rooms import room
 from megamoe.moe.routing import Routing
 
 
@@ -115,7 +116,8 @@ class Classifier(Backbone):
         hidden_BSD, memory, routings = self.read(
             input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS, padding_BC=padding_BC
         )
-        logits_BC = self.head(hidden_BSD[:, -1], None if keys_BS is None else keys_BS[:, -1]).float()
-        loss_B = None if labels_B is None else cross_entropy(logits_BC, labels_B, reduction="none")
+        with room("loss"):
+            logits_BC = self.head(hidden_BSD[:, -1], None if keys_BS is None else keys_BS[:, -1]).float()
+            loss_B = None if labels_B is None else cross_entropy(logits_BC, labels_B, reduction="none")
         kept = padding_BC.shape[1] - memory[0].shape[1]
         return ClassifierOutput(loss_B, logits_BC, memory, padding_BC[:, kept:], routings)

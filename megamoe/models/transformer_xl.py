@@ -27,6 +27,7 @@ from megamoe.moe.dropout import Dropout
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.randomness import position_keys, token_keys
 from megamoe.moe.ranks import ONE_RANK, Ranks
+from megamoe.moe.rooms import room
 from megamoe.moe.routers import resolve_options, router_class
 from megamoe.moe.routing import Router, RouterContext, Routing
 
@@ -290,9 +291,10 @@ class TransformerXL(Backbone):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Losses [B, S] if there are targets, and logits [B, S, V] if they are asked for."""
         tables, projections = list(self.embedding.weights), list(self.embedding.projections)
-        scored: tuple[torch.Tensor | None, torch.Tensor | None] = self.output(
-            hidden_BSD, targets_BS, tables, projections, return_logits=return_logits
-        )
+        with room("loss"):
+            scored: tuple[torch.Tensor | None, torch.Tensor | None] = self.output(
+                hidden_BSD, targets_BS, tables, projections, return_logits=return_logits
+            )
         return scored
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from megamoe.config.schema import MoEConfig
 from megamoe.moe.exchange import Arrived, Exchange, LocalExchange
 from megamoe.moe.experts import Experts
+from megamoe.moe.rooms import room
 from megamoe.moe.routers import build_router
 from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 
@@ -73,7 +74,8 @@ class MoELayer(nn.Module):
             [B, S, D] in the type of the experts, and the decision behind it.
         """
         x_TD = x_BSD.flatten(0, -2)
-        y_TD, routing = self.router.mix(x_TD, context, _LayerMixture(self, context.token_keys_T))
+        with room("feed_forward" if self.experts is None else "routing"):
+            y_TD, routing = self.router.mix(x_TD, context, _LayerMixture(self, context.token_keys_T))
         return y_TD.view_as(x_BSD), routing
 
 
@@ -101,8 +103,12 @@ class _LayerMixture:
 
     def responses(self, x_TD: torch.Tensor, response: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """What every expert says of every token."""
-        x_ND, counts = self.exchange.to_all(x_TD)
-        return self.exchange.from_all(self.experts.responses(x_ND, response), counts, len(x_TD))
+        with room("exchange"):
+            x_ND, counts = self.exchange.to_all(x_TD)
+        with room("experts"):
+            scores_NE = self.experts.responses(x_ND, response)
+        with room("exchange"):
+            return self.exchange.from_all(scores_NE, counts, len(x_TD))
 
     def _recomputed(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         if self.layer.checkpoint_activations and torch.is_grad_enabled():
@@ -114,14 +120,21 @@ class _LayerMixture:
         self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         arrived = self._dispatch(x_TD, expert_ids_TK, weights_TK)
-        return self.exchange.bring_home(self.experts(arrived), arrived)
+        with room("experts"):
+            y_ND = self.experts(arrived)
+        with room("exchange"):
+            return self.exchange.bring_home(y_ND, arrived)
 
     def _outputs(self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor) -> torch.Tensor:
         arrived = self._dispatch(x_TD, expert_ids_TK, None)
-        return self.exchange.bring_choices_home(self.experts.outputs(arrived), arrived)
+        with room("experts"):
+            rows_PD = self.experts.outputs(arrived)
+        with room("exchange"):
+            return self.exchange.bring_choices_home(rows_PD, arrived)
 
     def _dispatch(
         self, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor | None
     ) -> Arrived:
         keys_T = self.token_keys_T if self.experts.dropout.active else None
-        return self.exchange.dispatch(x_TD, expert_ids_TK, weights_TK, self.layer.n_experts, keys_T)
+        with room("exchange"):
+            return self.exchange.dispatch(x_TD, expert_ids_TK, weights_TK, self.layer.n_experts, keys_T)

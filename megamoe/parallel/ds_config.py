@@ -22,6 +22,10 @@ DsConfig = dict[str, Any]
 
 DEFAULT_DS_CONFIG: DsConfig = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}
 
+CPU_BUCKET = 1_000_000
+"""Gradients that are reduced together on CPUs. DeepSpeed allocates its bucket anew in every step, by default for
+500 million: fresh pages of memory, which the kernel has to find and clear. A small bucket is used again."""
+
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "fusedadam": "FusedAdam"}
 
 
@@ -61,6 +65,7 @@ def resolve_ds_config(run: RunConfig, ds: Mapping[str, Any], world_size: int, de
     resolved = copy.deepcopy(dict(ds))
     check_keys(resolved)
     _resolve_zero(run, resolved)
+    _resolve_bucket(resolved, device)
     resolve_ep_size(run, world_size, zero_stage(resolved))
     _resolve_precision(resolved, device)
     _resolve_batch(run, resolved, world_size)
@@ -143,11 +148,16 @@ def _resolve_zero(run: RunConfig, ds: DsConfig) -> None:
         raise ConfigError(f"zero_optimization.stage = {stage!r}: give 0, 1, 2, 3 or auto")
     if stage == 3 or not run.moe.layer_indices(run.model.n_layers):
         return
-    for key, first_stage in (("contiguous_gradients", 2), ("reduce_scatter", 1)):
-        if stage >= first_stage and zero.get(key) is False:
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if stage > 0 and zero.get(key) is False:
             raise ConfigError(
                 f"zero_optimization.{key} = false: DeepSpeed needs it for experts at stage {stage}; remove it"
             )
+
+
+def _resolve_bucket(ds: DsConfig, device: Device) -> None:
+    if device.kind == "cpu" and zero_stage(ds) in (1, 2):
+        ds["zero_optimization"].setdefault("reduce_bucket_size", CPU_BUCKET)
 
 
 def _resolve_precision(ds: DsConfig, device: Device) -> None:

@@ -19,6 +19,7 @@ from megamoe.errors import DistributedError
 from megamoe.models.model_of import model_of
 from megamoe.models.transformer_xl import Backbone
 from megamoe.moe.layer import MoELayer
+from megamoe.moe.rooms import room
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import Layout, layout_of
 from megamoe.parallel.launch import World
@@ -84,6 +85,13 @@ class Engine:
         """The model that DeepSpeed trains."""
         return self.deepspeed.module
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The type in which the large matrix products are computed."""
+        if self.deepspeed.torch_autocast_enabled():
+            return self.deepspeed.torch_autocast_dtype()
+        return self.layout.dtype
+
     def micro_batch_rows(self, index: int) -> range:
         """Streams of the global batch that make up micro-batch `index` of this rank."""
         size = self.layout.micro_batch_size
@@ -98,16 +106,19 @@ class Engine:
 
         DeepSpeed divides it by `micro_batches` and averages over ranks.
         """
-        self.deepspeed.backward(loss)
+        with room("backward"):
+            self.deepspeed.backward(loss)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
 
     def step(self) -> StepResult:
         """Clip and apply the gradients of `micro_batches` calls of `backward`."""
-        if self.layout.zero_stage == 0:
-            return self._step_unsharded()
-        self.deepspeed.step()
-        return StepResult(float(self.deepspeed.get_global_grad_norm()), not self.deepspeed.was_step_applied())
+        with room("optimizer"):
+            if self.layout.zero_stage == 0:
+                return self._step_unsharded()
+            self.deepspeed.step()
+            norm = float(self.deepspeed.get_global_grad_norm())
+            return StepResult(norm, not self.deepspeed.was_step_applied())
 
     def _step_unsharded(self) -> StepResult:
         """DeepSpeed computes no norm at stage 0 and would step on gradients that are not finite."""

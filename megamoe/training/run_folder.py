@@ -83,6 +83,15 @@ class RunFolder:
         """Folder of TensorBoard events."""
         return self.root / "tensorboard"
 
+    @property
+    def rooms(self) -> Path:
+        """Where the time of a profiled step went; in the folder of a profile."""
+        return self.root / "rooms.json"
+
+    def trace(self, rank: int) -> Path:
+        """What `rank` recorded of a profiled step; in the folder of a profile."""
+        return self.root / f"rank-{rank:05d}.trace.json"
+
     def is_scored(self, step: int) -> bool:
         """Whether the run was scored after `step`, and everything written that comes then."""
         if not (self.results.exists() and self.curves.exists()):

@@ -21,6 +21,7 @@ from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
 from megamoe.moe.auxiliary import auxiliary_loss
+from megamoe.moe.rooms import room
 from megamoe.moe.routers import router_class
 from megamoe.moe.routing import Routing
 from megamoe.moe.schedules import top_k_at
@@ -129,14 +130,7 @@ class Trainer:
         watch = Watch(self._heartbeat, self.run, self.world, self.folder.heartbeats)
         watch.start()
         try:
-            self._tell("on_train_start")
-            self._stop_if_asked()
-            while self.step < self.run.training.max_steps:
-                self._advance()
-                self._stop_if_asked()
-            self.wait_for_save()
-            self._score_test()
-            self._tell("on_train_end")
+            self._run_to_end()
         except BaseException as error:
             watch.stop(keep_sign=not isinstance(error, StoppedError))
             if is_lost_rank(error):
@@ -145,6 +139,17 @@ class Trainer:
             self._tell("on_error", error)
             raise error
         watch.stop(keep_sign=False)
+
+    def _run_to_end(self) -> None:
+        """What is watched over."""
+        self._tell("on_train_start")
+        self._stop_if_asked()
+        while self.step < self.run.training.max_steps:
+            self._advance()
+            self._stop_if_asked()
+        self.wait_for_save()
+        self._score_test()
+        self._tell("on_train_end")
 
     def _lost_rank(self, error: BaseException) -> LostRankError:
         heart = self._heartbeat
@@ -202,13 +207,15 @@ class Trainer:
         top_k = top_k_at(run.moe.schedule, run.moe.top_k, self.step, run.training.max_steps)
         lr = learning_rate(run.optimizer, self.step, run.training.max_steps, self.plateau)
         engine.set_learning_rate(lr)
-        batch = self.stream.batch(self.step)
+        with room("data"):
+            batch = self.stream.batch(self.step)
         if batch.starts_epoch:
             self.memories = [None] * engine.micro_batches
         losses, auxiliaries, micro_batches = [], [], []
         for loss, routings in self._forward(batch, top_k):
             micro_batches.append(routings)
-            weighted, auxiliary = auxiliary_loss(routings, run.moe, self.world.mean)
+            with room("loss"):
+                weighted, auxiliary = auxiliary_loss(routings, run.moe, self.world.mean)
             self._beat("backward")
             engine.backward(loss + weighted)
             losses.append(loss.detach())
@@ -218,7 +225,8 @@ class Trainer:
         result = engine.step()
         if not result.skipped:
             routers = [layer.router for layer in engine.model.moe_layers]
-            update_routers(routers, micro_batches, self.world, self.step)
+            with room("routing"):
+                update_routers(routers, micro_batches, self.world, self.step)
         self.step += 1
         n_tokens = self._n_tokens(batch)
         self.tokens += n_tokens

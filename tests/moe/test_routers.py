@@ -212,6 +212,12 @@ def test_other_packages_bring_policies(other_package):
         build("first", scael=1)
 
 
+def test_packages_are_searched_once_and_not_in_every_step(monkeypatch):
+    available()
+    monkeypatch.setattr("megamoe.moe.routers.registry.entry_points", None)
+    assert "hyper" in available()
+
+
 @pytest.mark.parametrize(
     "name, reason", [("broken", "cannot be imported"), ("wrong", "is not a megamoe Router")]
 )

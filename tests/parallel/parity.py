@@ -64,6 +64,8 @@ def cases(world_size: int) -> Iterator[Case]:
         yield Case(1, 3, "checkpointed", training={"activation_checkpointing": True})
         # Every parameter is gathered when needed and given up after, which small ones are spared by default.
         yield Case(1, 3, "all-partitioned", zero={"stage3_param_persistence_threshold": 0})
+        # Several messages for each step, and tensors that are larger than one.
+        yield Case(2, 1, "small-buckets", zero={"reduce_bucket_size": 500})
         yield Case(2, 1, "offloaded", zero={"offload_optimizer": {"device": "cpu"}})
         yield Case(2, 1, "one-mixture", moe={"layers": "1"})
         yield Case(1, 1, "no-mixture", moe={"layers": "none"})

@@ -13,6 +13,7 @@ from megamoe.config.schema import RunConfig
 from megamoe.errors import ConfigError
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import (
+    CPU_BUCKET,
     DEFAULT_DS_CONFIG,
     Layout,
     layout_of,
@@ -49,10 +50,27 @@ def test_auto_and_missing_numbers_come_from_the_run() -> None:
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.25,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": CPU_BUCKET},
     }
     assert given["train_batch_size"] == "auto"
     assert json.loads(json.dumps(resolved)) == resolved
+
+
+@pytest.mark.parametrize(
+    ("zero", "device", "bucket"),
+    [
+        ({"stage": 1}, BF16_CPU, CPU_BUCKET),
+        ({"stage": 2}, BF16_CPU, CPU_BUCKET),
+        ({"stage": 1, "reduce_bucket_size": 7}, BF16_CPU, 7),
+        ({"stage": 1}, GPU, None),
+        ({"stage": 3}, BF16_CPU, None),
+    ],
+)
+def test_buckets_are_small_where_memory_is_slow_to_get(
+    zero: dict[str, Any], device: Device, bucket: int | None
+) -> None:
+    resolved = resolve({"zero_optimization": zero}, run_config(moe={"ep_size": 1}), device=device)
+    assert resolved["zero_optimization"].get("reduce_bucket_size") == bucket
 
 
 @pytest.mark.parametrize(
@@ -269,6 +287,11 @@ def test_only_states_offloaded_from_a_gpu_need_a_compiled_adam(
             {},
             {"zero_optimization": {"stage": 2, "contiguous_gradients": False}},
             "zero_optimization.contiguous_gradients = false: DeepSpeed needs it for experts at stage 2",
+        ),
+        (
+            {},
+            {"zero_optimization": {"stage": 1, "contiguous_gradients": False}},
+            "zero_optimization.contiguous_gradients = false: DeepSpeed needs it for experts at stage 1",
         ),
         (
             {},

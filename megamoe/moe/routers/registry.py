@@ -4,6 +4,8 @@ A package adds a policy by an entry point in the group ``megamoe.routers`` whose
 name and whose value points to a subclass of `megamoe.moe.routing.Router`.
 """
 
+import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -112,5 +114,11 @@ def build_routers(
 
 
 def _sources() -> dict[str, EntryPoint]:
+    return _sources_on(tuple(sys.path))
+
+
+@cache
+def _sources_on(search_path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Searched once: every step asks, and on a slow disk a search takes longer than the step."""
     ours = (EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in BUILT_IN.items())
     return {point.name: point for point in (*entry_points(group=ENTRY_POINT_GROUP), *ours)}
