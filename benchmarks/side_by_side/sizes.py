@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.side_by_side.timing import Turns
 from megamoe.config import RunConfig, load_config
+from megamoe.config.schema import RouterConfig
 
 VOCAB_SIZE = 204
 """Symbols of enwik8 as published."""
@@ -27,11 +28,10 @@ class Work:
 
     def run(self, router: str = "") -> RunConfig:
         """Its config, under another routing policy if one is named."""
-        changes = [f"training.batch_size={self.batch}", *self.overrides]
-        if router:
-            changes.append(f"moe.router.name={router}")
+        changes = (f"training.batch_size={self.batch}", *self.overrides)
         run = load_config(preset="small_enwik8", overrides=changes)
-        return replace(run, model=replace(run.model, vocab_size=VOCAB_SIZE))
+        moe = replace(run.moe, router=RouterConfig(name=router)) if router else run.moe
+        return replace(run, model=replace(run.model, vocab_size=VOCAB_SIZE), moe=moe)
 
 
 WIDE = Work("d_model 512", ("model.d_model=512", "moe.d_expert=1024"), batch=2)

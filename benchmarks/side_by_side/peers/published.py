@@ -17,11 +17,11 @@ from benchmarks.side_by_side.peers.classic_attention import ClassicAttention
 from benchmarks.side_by_side.peers.fastmoe import FastMoEExperts, FastMoELayer, HyperGate
 from megamoe.config import RunConfig
 from megamoe.models.transformer_xl import TransformerXL
+from megamoe.moe.routers import resolve_options
 
 RENAMED = {"embedding.weights.0": "embedding", "output.biases.0": "output_bias"}
 """What is called otherwise in ours."""
 
-HYPER_SIZE = 256
 Memory = list[torch.Tensor]
 
 
@@ -32,7 +32,7 @@ class _Layer(nn.Module):
         self.dropout = model.dropout
         self.attention = ClassicAttention(model.d_model, model.n_heads, model.d_head)
         self.attention_norm = nn.LayerNorm(model.d_model)
-        hyper_size = moe.router.options.get("hyper_size", HYPER_SIZE)
+        hyper_size = resolve_options(moe.router).hyper_size
         self.moe = FastMoELayer(
             HyperGate(model.d_model, moe.n_experts, hyper_size),
             FastMoEExperts(model.d_model, moe.n_experts, moe.d_expert, model.dropout),
