@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# One thread, unless --threads says otherwise; before torch is imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if __name__ == "__main__":  # before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
@@ -77,6 +77,7 @@ def speed(
         "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
         "quick": sizes == QUICK,
         "machine": before,
+        "rules": sizes.rules(),
         "sizes": asdict(sizes),
         "goals": [goal.judge(cases) for goal in goals(sizes)],
         "cases": [asdict(case) for case in cases],

@@ -30,6 +30,7 @@ REPORT = """\
 {date}, `{command}`.
 
 {machine}
+- {rules}
 
 Every figure is a ratio of medians (of minima in brackets) over the way in the second column, whose own
 median is given in ms or MB; times without dropout (p = 0) are over ours without dropout. With one thread time
@@ -53,6 +54,7 @@ def report(result: Mapping[str, Any], cases: Sequence[Case]) -> str:
     tables = [table(list(group)) for _, group in groupby(cases, key=_table_of)]
     return REPORT.format(
         date=result["date"], command=result["command"], machine=_machine(result["machine"]),
+        rules=result["rules"],
         goals="\n".join(_goal(goal) for goal in result["goals"]),
         remarks=remarks(result), tables="\n\n".join(tables),
     )  # fmt: skip
@@ -61,9 +63,7 @@ def report(result: Mapping[str, Any], cases: Sequence[Case]) -> str:
 def remarks(result: Mapping[str, Any]) -> str:
     """What a reader of the goals must know."""
     missed = [goal["goal"] for goal in result["goals"] if goal["verdict"] == "MISSED"]
-    lines = [
-        f"{len(missed)} goals are missed: {'; '.join(missed)}." if missed else "No measured goal is missed."
-    ]
+    lines = [f"Goals that are missed: {'; '.join(missed)}." if missed else "No measured goal is missed."]
     if "amx_bf16" not in result["machine"]["flags"]:
         lines.append(
             "This processor has no AMX: goals in bf16 were set on one that has, where products in bf16 are"

@@ -74,6 +74,15 @@ class Sizes:
     attention_batch: int = 4
     memory_batch: int = 22
 
+    def rules(self) -> str:
+        """What is the same for all sides."""
+        run = self.small.run()
+        return (
+            f"dropout {run.model.dropout}, gradients clipped at {run.training.grad_clip}, Adam at learning"
+            f" rate {run.optimizer.lr}; {self.turns.warmup} calls of each way warm up and"
+            f" {self.turns.rounds} count, of steps {self.step_turns.warmup} and {self.step_turns.rounds}"
+        )
+
 
 FULL = Sizes()
 
