@@ -30,6 +30,7 @@ from benchmarks.record import add_output, keep
 from benchmarks.side_by_side import attention, engine, layer, memory, step
 from benchmarks.side_by_side.goals import goals
 from benchmarks.side_by_side.machine import machine
+from benchmarks.side_by_side.peers.transformers_moe import why_absent
 from benchmarks.side_by_side.report import report, table
 from benchmarks.side_by_side.sizes import FULL, QUICK, Sizes
 from benchmarks.side_by_side.timing import Case
@@ -57,7 +58,7 @@ def measure(
         for n_threads in threads if name in BY_THREADS else threads[:1]:
             torch.set_num_threads(n_threads)
             say(f"{name}, {n_threads} threads, load average {os.getloadavg()[0]:.1f}")
-            for case in SECTIONS[name](sizes, n_threads, say):
+            for case in SECTIONS[name](sizes, n_threads):
                 say(table([case]) + "\n")
                 cases.append(case)
     return cases
@@ -70,6 +71,10 @@ def speed(
     before = machine()
     if before["load"][0] > BUSY * (os.cpu_count() or 1):
         say(f"load average {before['load'][0]:.1f}: this machine is busy, and wall times mean little")
+    absent = why_absent()
+    left_out = f"transformers is left out: {absent}" if absent else ""
+    if left_out:
+        say(left_out)
     torch.manual_seed(1)
     cases = measure(sizes, sections, threads, say)
     result = {
@@ -77,6 +82,7 @@ def speed(
         "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
         "quick": sizes == QUICK,
         "machine": before,
+        "left_out": left_out,
         "rules": sizes.rules(),
         "sizes": asdict(sizes),
         "goals": [goal.judge(cases) for goal in goals(sizes)],

@@ -97,7 +97,7 @@ def agreement(ways: dict[str, nn.Module], context_BCD: torch.Tensor, dtype: str)
     return {CLASSIC: deviation(classic, ways[OURS](context_BCD), MOST[dtype], CLASSIC)}
 
 
-def measure(sizes: Sizes, threads: int, say: Callable[[str], None]) -> Iterator[Case]:
+def measure(sizes: Sizes, threads: int) -> Iterator[Case]:
     """fp32 and bf16."""
     run, batch = sizes.small.run(), sizes.attention_batch
     for name, dtype in DTYPES.items():

@@ -1,6 +1,6 @@
 """What the engine adds to a step: the same model in a plain loop, and under ZeRO 0, 1 and 2, on one rank."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from benchmarks.side_by_side.ours import OurTraining, PlainTraining, one_rank
 from benchmarks.side_by_side.sizes import Sizes, Work
@@ -23,7 +23,7 @@ def ways_of(work: Work) -> tuple[list[Way], int]:
     return ways, sum(parameter.numel() for parameter in plain.model.parameters())
 
 
-def measure(sizes: Sizes, threads: int, say: Callable[[str], None]) -> Iterator[Case]:
+def measure(sizes: Sizes, threads: int) -> Iterator[Case]:
     """Both models, in fp32."""
     for work in sizes.engines:
         ways, n_parameters = ways_of(work)

@@ -69,7 +69,7 @@ def fast_moe_layer(run: RunConfig, ours: OurLayer, dropout: float) -> FastMoELay
     return layer
 
 
-def layers(run: RunConfig, top_k: int, skewed: bool, say: Callable[[str], None]) -> dict[str, nn.Module]:
+def layers(run: RunConfig, top_k: int, skewed: bool) -> dict[str, nn.Module]:
     """All ways of being that layer, by name, in fp32."""
     p = run.model.dropout
     with_dropout, without = our_layer(run, top_k, skewed, p), our_layer(run, top_k, skewed, 0.0)
@@ -83,9 +83,7 @@ def layers(run: RunConfig, top_k: int, skewed: bool, say: Callable[[str], None])
         PLAIN_FASTMOE: fast_moe_layer(run, without, 0.0),
         PLAIN_DEEPSPEED: DeepSpeedLayer(without.moe, top_k, 0.0),
     }
-    absent = why_absent()
-    if absent:
-        say(f"transformers is left out: {absent}")
+    if why_absent():
         return found
     gate_ED = without.moe.router.state_dict()["weight"]
     return found | {
@@ -124,12 +122,10 @@ def agreement(ways: dict[str, nn.Module], x_TD: torch.Tensor, dtype: str) -> dic
     return found
 
 
-def measure_case(
-    sizes: Sizes, threads: int, tokens: int, top_k: int, skewed: bool, dtype: str, say: Callable[[str], None]
-) -> Case:
+def measure_case(sizes: Sizes, threads: int, tokens: int, top_k: int, skewed: bool, dtype: str) -> Case:
     """All ways at one size."""
     run = sizes.small.run()
-    built = {name: cast(layer, DTYPES[dtype]) for name, layer in layers(run, top_k, skewed, say).items()}
+    built = {name: cast(layer, DTYPES[dtype]) for name, layer in layers(run, top_k, skewed).items()}
     found = agreement(built, draw_tokens(run, tokens, "agreement", 0, DTYPES[dtype]), dtype)
 
     def draw(name: str) -> Callable[[int], torch.Tensor]:
@@ -144,7 +140,7 @@ def measure_case(
     return Case(SECTION, settings, sizes.turns.take(ways, clock_of(threads)), agreement=found)
 
 
-def measure(sizes: Sizes, threads: int, say: Callable[[str], None]) -> Iterator[Case]:
+def measure(sizes: Sizes, threads: int) -> Iterator[Case]:
     """All cases; where every expert is chosen, routing cannot be skewed."""
     one_rank()
     n_experts = sizes.small.run().moe.n_experts
@@ -152,4 +148,4 @@ def measure(sizes: Sizes, threads: int, say: Callable[[str], None]) -> Iterator[
         for tokens in sizes.tokens:
             for top_k in sizes.top_ks:
                 for skewed in (False, True) if top_k < n_experts else (False,):
-                    yield measure_case(sizes, threads, tokens, top_k, skewed, dtype, say)
+                    yield measure_case(sizes, threads, tokens, top_k, skewed, dtype)

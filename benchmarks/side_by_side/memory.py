@@ -1,6 +1,6 @@
 """Bytes: the peak of steps, in a process of its own for each way, and what a layer keeps for its backward."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from benchmarks.side_by_side import layer as layers
 from benchmarks.side_by_side.ours import OurTraining, one_rank
@@ -32,7 +32,7 @@ def peak_of_steps(way: str, work: Work) -> int:
     return peak_bytes()
 
 
-def measure(sizes: Sizes, threads: int, say: Callable[[str], None]) -> Iterator[Case]:
+def measure(sizes: Sizes, threads: int) -> Iterator[Case]:
     """Peaks of steps at the published batch, then what layers keep."""
     small = sizes.small
     work = Work(small.name, small.overrides, sizes.memory_batch, small.top_k)
@@ -43,15 +43,15 @@ def measure(sizes: Sizes, threads: int, say: Callable[[str], None]) -> Iterator[
     settings = {"model": work.name, "batch": work.batch, "top_k": work.top_k}
     yield Case(PEAK, settings, peaks, unit="bytes")
     one_rank()
-    yield from (measure_saved(sizes, dtype, top_k, say) for dtype in DTYPES for top_k in sizes.top_ks)
+    yield from (measure_saved(sizes, dtype, top_k) for dtype in DTYPES for top_k in sizes.top_ks)
 
 
-def measure_saved(sizes: Sizes, dtype: str, top_k: int, say: Callable[[str], None]) -> Case:
+def measure_saved(sizes: Sizes, dtype: str, top_k: int) -> Case:
     """What every layer keeps of the same tokens, under balanced routing."""
     run = sizes.small.run()
     x_TD = layers.draw_tokens(run, sizes.goal_tokens, "memory", 0, DTYPES[dtype]).requires_grad_()
     kept = {}
-    for name, layer in layers.layers(run, top_k, False, say).items():
+    for name, layer in layers.layers(run, top_k, False).items():
         moved = cast(layer, DTYPES[dtype])
         kept[name] = [float(saved_bytes(moved, lambda moved=moved: moved(x_TD)))]  # type: ignore[misc]
     settings = {"tokens": sizes.goal_tokens, "top_k": top_k, "dtype": dtype}

@@ -64,6 +64,8 @@ def remarks(result: Mapping[str, Any]) -> str:
     """What a reader of the goals must know."""
     missed = [goal["goal"] for goal in result["goals"] if goal["verdict"] == "MISSED"]
     lines = [f"Goals that are missed: {'; '.join(missed)}." if missed else "No measured goal is missed."]
+    if result["left_out"]:
+        lines.append(f"{result['left_out']}.")
     if "amx_bf16" not in result["machine"]["flags"]:
         lines.append(
             "This processor has no AMX: goals in bf16 were set on one that has, where products in bf16 are"

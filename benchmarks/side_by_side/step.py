@@ -65,7 +65,7 @@ def ways_of(work: Work) -> list[Way]:
     return ways
 
 
-def measure(sizes: Sizes, threads: int, say: Callable[[str], None]) -> Iterator[Case]:
+def measure(sizes: Sizes, threads: int) -> Iterator[Case]:
     """Steps on one rank, of the small run and of a larger one; with one thread for each also on two ranks."""
     for work in filter(None, (sizes.small, sizes.large)):
         seconds = sizes.step_turns.take(ways_of(work), clock_of(threads))

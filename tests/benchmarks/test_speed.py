@@ -1,6 +1,7 @@
 """The speed benchmark itself; how fast anything is, no test asks."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from benchmarks import speed
 from benchmarks.side_by_side import memory, products, step
 from benchmarks.side_by_side.goals import LOWER, Goal, goals
+from benchmarks.side_by_side.report import report
 from benchmarks.side_by_side.sizes import FULL, Work
 from benchmarks.side_by_side.space import peak_bytes, saved_bytes
 from benchmarks.side_by_side.timing import Case, DisagreementError, Turns, Way, deviation
@@ -164,3 +166,14 @@ def test_unknown_sections_are_named(
     with pytest.raises(SystemExit):
         speed.main()
     assert "speeed: choose from layer, attention, step, engine, memory" in capsys.readouterr().err
+
+
+def test_without_transformers_that_peer_is_left_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.models.mixtral.modeling_mixtral", None)
+    said: list[str] = []
+    result, cases = speed.speed(TINY, ["layer"], [1], said.append)
+    (line,) = (line for line in said if "left out" in line)
+    assert line.startswith("transformers is left out: ") and "\n" not in line
+    assert line in report(result, cases)
+    assert not [way for case in cases for way in case.values if "transformers" in way]
+    assert [goal["verdict"] for goal in result["goals"] if "transformers" in goal["goal"]] == ["not measured"]
