@@ -16,12 +16,14 @@ import torch.multiprocessing
 TIMEOUT_SECONDS = 240
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT_SECONDS
+) -> list[Any]:
     """``[function(*args) on rank 0, on rank 1, ...]``, each in its own process with a gloo group.
 
     `function` must be importable (defined at module level) and return plain picklable values. Ranks
     meet through a file, so parallel test runs never compete for a port. A failing or hanging rank
-    ends all of them and fails the caller with that rank's traceback.
+    ends all of them and fails the caller with that rank's traceback; `timeout` is in seconds.
     """
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -29,25 +31,26 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
             context.Process(
-                target=_rank_main, args=(rank, world_size, str(store), pipes[rank][1], function, args)
+                target=_rank_main,
+                args=(rank, world_size, str(store), pipes[rank][1], function, args, timeout),
             )
             for rank in range(world_size)
         ]
         for process in processes:
             process.start()
         try:
-            return _collect([receiver for receiver, _ in pipes], processes)
+            return _collect([receiver for receiver, _ in pipes], processes, timeout)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _collect(receivers: list[Connection], processes: list[Any]) -> list[Any]:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+def _collect(receivers: list[Connection], processes: list[Any], timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
-        assert time.monotonic() < deadline, f"only ranks {sorted(results)} answered in {TIMEOUT_SECONDS} s"
+        assert time.monotonic() < deadline, f"only ranks {sorted(results)} answered in {timeout} s"
         for rank, receiver in enumerate(receivers):
             if rank in results or not receiver.poll(0.05):
                 if rank not in results and not processes[rank].is_alive() and not receiver.poll():
@@ -66,6 +69,7 @@ def _rank_main(
     sender: Connection,
     function: Callable[..., Any],
     args: tuple[Any, ...],
+    timeout: float,
 ) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size),
@@ -75,7 +79,7 @@ def _rank_main(
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
-            timeout=timedelta(seconds=TIMEOUT_SECONDS),
+            timeout=timedelta(seconds=timeout),
         )  # fmt: skip
         sender.send((True, function(*args)))
         torch.distributed.barrier()

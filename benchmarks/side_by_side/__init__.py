@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.speed`: ways of doing the same work, timed in turns."""
