@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 
 from megamoe.config.schema import ModelConfig
+from megamoe.models.cross_entropy import linear_cross_entropy
 from megamoe.models.embeddings import needs_projections, vocabulary_clusters, vocabulary_tables
 from megamoe.moe.precision import at_least_fp32
 
@@ -33,9 +34,14 @@ class Scorer(NamedTuple):
 
     def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """[T, symbols] in fp32 or wider."""
-        if self.projection is not None:
-            hidden_TD = hidden_TD @ self.projection
-        return at_least_fp32(linear(hidden_TD, self.weight, self.bias))
+        return at_least_fp32(linear(self._project(hidden_TD), self.weight, self.bias))
+
+    def losses(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy [T] of the symbols or classes `targets_T`, in fp32 or wider."""
+        return linear_cross_entropy(self._project(hidden_TD), self.weight, self.bias, targets_T)
+
+    def _project(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        return hidden_TD if self.projection is None else hidden_TD @ self.projection
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -89,12 +95,11 @@ class AdaptiveSoftmax(nn.Module):
         """
         hidden_TD = hidden_BSD.flatten(0, -2)
         scorers = self._scorers(embedding_weights, embedding_projections)
-        head_logits = scorers[0](hidden_TD)
         loss_BS = logits_BSV = None
         if targets_BS is not None:
-            loss_BS = self._losses(scorers, hidden_TD, head_logits, targets_BS.flatten()).view_as(targets_BS)
+            loss_BS = self._losses(scorers, hidden_TD, targets_BS.flatten()).view_as(targets_BS)
         if return_logits:
-            logits_BSV = self._all_logits(scorers, hidden_TD, head_logits).view(*hidden_BSD.shape[:-1], -1)
+            logits_BSV = self._all_logits(scorers, hidden_TD).view(*hidden_BSD.shape[:-1], -1)
         return loss_BS, logits_BSV
 
     def _scorers(
@@ -115,29 +120,23 @@ class AdaptiveSoftmax(nn.Module):
         return [first, *others] if others else [*first.split([cluster.size for cluster in self.clusters])]
 
     def _losses(
-        self,
-        scorers: list[Scorer],
-        hidden_TD: torch.Tensor,
-        head_logits: torch.Tensor,
-        targets_T: torch.Tensor,
+        self, scorers: list[Scorer], hidden_TD: torch.Tensor, targets_T: torch.Tensor
     ) -> torch.Tensor:
         cluster_T = torch.zeros_like(targets_T)
         for cluster in self.clusters[1:]:
             cluster_T += targets_T >= cluster.start
-        head_targets_T = torch.where(cluster_T == 0, targets_T, head_logits.shape[-1] - cluster_T)
-        loss_T = cross_entropy(head_logits, head_targets_T, reduction="none")
+        n_classes = len(scorers[0].bias)
+        head_targets_T = torch.where(cluster_T == 0, targets_T, n_classes - cluster_T)
+        loss_T = scorers[0].losses(hidden_TD, head_targets_T)
         # Tails without tokens take part too, so that their gradient is zero and not missing.
         for i, cluster in enumerate(self.clusters[1:], start=1):
             where = (cluster_T == i).nonzero().flatten()
-            tail_loss = cross_entropy(
-                scorers[i](hidden_TD[where]), targets_T[where] - cluster.start, reduction="none"
-            )
+            tail_loss = scorers[i].losses(hidden_TD[where], targets_T[where] - cluster.start)
             loss_T = loss_T.index_add(0, where, tail_loss)
         return loss_T
 
-    def _all_logits(
-        self, scorers: list[Scorer], hidden_TD: torch.Tensor, head_logits: torch.Tensor
-    ) -> torch.Tensor:
+    def _all_logits(self, scorers: list[Scorer], hidden_TD: torch.Tensor) -> torch.Tensor:
+        head_logits = scorers[0](hidden_TD)
         if len(self.clusters) == 1:
             return head_logits
         head = head_logits.log_softmax(dim=-1)

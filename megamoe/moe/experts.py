@@ -14,7 +14,7 @@ from megamoe.moe.exchange import Arrived
 from megamoe.moe.grouped import mix_grouped
 from megamoe.moe.initialization import normal
 from megamoe.moe.mixture import Choices, Weights, mix
-from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.precision import at_least_fp32, out_of_autocast
 from megamoe.moe.randomness import draw
 
 RESPONSES_AT_ONCE = 8192
@@ -88,12 +88,9 @@ class Experts(nn.Module):
             keys_P = arrived.keys_N.index_select(0, arrived.token_P).index_select(0, choices.order_P)
             # Each expert draws for itself.
             choices = replace(choices, keys_P=draw(keys_P, choices.expert_P + self.local.start))
-        weights = self.weights
-        if torch.is_autocast_enabled(x_ND.device.type):
-            dtype = torch.get_autocast_dtype(x_ND.device.type)
-            x_ND, weights = x_ND.to(dtype), Weights(*(stack.to(dtype) for stack in weights))
         weights_P = weights_P.index_select(0, choices.order_P)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with out_of_autocast(x_ND, *self.weights) as (x_ND, *stacks):
+            weights = Weights(*stacks)
             return choose_path(x_ND, weights.w_in)(x_ND, choices, weights_P, weights, self.dropout)
 
     @property
