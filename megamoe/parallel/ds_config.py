@@ -23,8 +23,8 @@ DsConfig = dict[str, Any]
 DEFAULT_DS_CONFIG: DsConfig = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}
 
 CPU_BUCKET = 1_000_000
-"""Gradients that are reduced together on CPUs. DeepSpeed allocates its bucket anew in every step, by default for
-500 million: fresh pages of memory, which the kernel has to find and clear. A small bucket is used again."""
+"""Gradients that are reduced together on CPUs. DeepSpeed allocates its bucket anew in every step, by default
+for 500 million: fresh pages of memory, which the kernel has to clear. A small bucket is used again."""
 
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "fusedadam": "FusedAdam"}
 

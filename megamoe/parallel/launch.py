@@ -27,6 +27,7 @@ from megamoe.launchers import (
     is_exported,
 )
 from megamoe.parallel.meeting import join
+from megamoe.parallel.memory import keep_freed_memory
 from megamoe.parallel.mpi import rank_0_address
 from megamoe.parallel.network import LOOPBACK
 
@@ -305,6 +306,8 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
     _quiet(launch)
     _share_cores(launch)
     device = _device(launch)
+    if device.type == "cpu":
+        keep_freed_memory()
     # Before there is a group: defaults in their signatures would hold it for ever, and gloo's threads would
     # still run when the interpreter ends, which now and then aborts the process.
     import deepspeed

@@ -30,7 +30,7 @@ from tests.processes import PATIENCE_SECONDS, ranks
 N_STEPS = 2
 ARGUMENTS = (
     "train", "--config", "toy.toml", "--deepspeed_config", "fp32.json", "name=toy", "moe.layers=1",
-    f"logging.profile_steps={N_STEPS}",
+    f"logging.profile_steps={N_STEPS}", "logging.tensorboard=false",
 )  # fmt: skip
 ROOMS = {
     "attention", "routing", "experts", "exchange", "feed_forward", "loss", "optimizer", "data", "rest",

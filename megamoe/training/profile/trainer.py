@@ -1,5 +1,6 @@
 """``megamoe train --profile``: a few steps of a run, recorded."""
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -84,6 +85,7 @@ class Profile(Trainer):
             torch.cuda.synchronize()
 
     def _record(self, n_steps: int) -> torch.profiler.profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch tells stderr that it begins and ends
         activities = [ProfilerActivity.CPU]
         if self.world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
