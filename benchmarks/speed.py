@@ -80,7 +80,7 @@ def speed(
     result = {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
-        "quick": sizes == QUICK,
+        "quick": sizes.quick,
         "machine": before,
         "left_out": left_out,
         "rules": sizes.rules(),

@@ -61,6 +61,7 @@ class Sizes:
         top_ks: experts per token of the mixture layer.
         attention_batch: streams of the attention.
         memory_batch: streams of the step whose memory is measured.
+        quick: too little to judge goals by.
     """
 
     small: Work = Work("small")
@@ -73,14 +74,15 @@ class Sizes:
     top_ks: tuple[int, ...] = (2, 8, 16)
     attention_batch: int = 4
     memory_batch: int = 22
+    quick: bool = False
 
     def rules(self) -> str:
         """What is the same for all sides."""
         run = self.small.run()
         return (
             f"dropout {run.model.dropout}, gradients clipped at {run.training.grad_clip}, Adam at learning"
-            f" rate {run.optimizer.lr}; {self.turns.warmup} calls of each way warm up and"
-            f" {self.turns.rounds} count, of steps {self.step_turns.warmup} and {self.step_turns.rounds}"
+            f" rate {run.optimizer.lr}; warm-up and counted calls of each way: {self.turns.warmup} and"
+            f" {self.turns.rounds}, of steps {self.step_turns.warmup} and {self.step_turns.rounds}"
         )
 
 
@@ -90,11 +92,12 @@ QUICK = Sizes(
     small=Work("small", batch=1),
     large=None,
     engines=(TWO_MILLION, Work("24 M parameters", batch=1)),
-    turns=Turns(rounds=2, warmup=2),
-    step_turns=Turns(rounds=2, warmup=2),
+    turns=Turns(rounds=2, warmup=1),
+    step_turns=Turns(rounds=2, warmup=1),
     tokens=(1024,),
     goal_tokens=1024,
     top_ks=(2, 8),
     attention_batch=1,
     memory_batch=2,
+    quick=True,
 )

@@ -17,6 +17,8 @@ from tests.ranks import run_ranks
 SECTION = "step"
 PUBLISHED = "published algorithm"
 OURS, HYPER, LINEAR = "ours, {}", "ours, fp32", "ours, fp32, linear router"
+AGAIN = "ours, fp32, once more"
+"""A second engine of the same run: how far apart two ways are that do not differ."""
 FLOOR = "bare products and Adam, {}"
 RANKS_SECTION = "ranks"
 PATIENCE_SECONDS = 1800.0
@@ -59,7 +61,8 @@ def ways_of(work: Work) -> list[Way]:
     for name in DTYPES:
         ours = OurTraining(run, top_k, world, dtype=name)
         ways.append(way_of(OURS.format(name), run, ours.step))
-    ways.append(way_of(LINEAR, run, OurTraining(linear, top_k, world).step))
+    for name, other in ((AGAIN, run), (LINEAR, linear)):
+        ways.append(way_of(name, run, OurTraining(other, top_k, world).step))
     for name, dtype in DTYPES.items():
         ways.append(Way(FLOOR.format(name), Floor(run, work.batch, top_k, dtype, n_parameters)))
     return ways

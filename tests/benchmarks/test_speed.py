@@ -150,6 +150,7 @@ def test_a_run_of_all_sections_gives_every_table_and_judges_every_goal(
     )
     assert {"machine", "goals", "command", "date"} <= result.keys()
     assert result["machine"]["versions"]["deepspeed"]
+    assert result["quick"] and "no judgement on the goals" in text
 
 
 @pytest.mark.distributed
