@@ -92,10 +92,11 @@ def torch_dropout() -> Iterator[None]:
     def drop(self: Dropout, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         return dropout(x, self.p, self.training)
 
-    def drop_hidden(x: torch.Tensor, keys: torch.Tensor, p: float) -> torch.Tensor:
+    def drop_hidden(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
         return dropout(x, p, inplace=True)
 
-    with patch.object(Dropout, "forward", drop), patch.object(mixture, "drop_", drop_hidden):
+    nothing = patch.object(mixture, "keep_mask", lambda *_: None)
+    with patch.object(Dropout, "forward", drop), nothing, patch.object(mixture, "drop_", drop_hidden):
         yield
 
 

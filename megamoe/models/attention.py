@@ -18,12 +18,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from megamoe.errors import ConfigError
+from megamoe.models.attention_core import Heads, Visible, attend
 from megamoe.moe.dropout import Dropout
-from megamoe.moe.randomness import draw
-
-# Queries are taken in blocks: those of one block share the keys they may see, which cuts off most of
-# what the causal mask hides, and the score matrix of a block stays in the cache.
-QUERY_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,7 @@ class AttentionInputs(NamedTuple):
         bias_u_AW: u of the score, added to queries that meet keys.
         bias_v_AW: v of the score, added to queries that meet distances.
         keys_BS: keys of the segment's tokens, for dropout; None in evaluation.
+        causal_alone: nothing is hidden but later keys, which is cheaper to hide.
     """
 
     distances_PD: torch.Tensor
@@ -64,6 +61,7 @@ class AttentionInputs(NamedTuple):
     bias_u_AW: torch.Tensor
     bias_v_AW: torch.Tensor
     keys_BS: torch.Tensor | None = None
+    causal_alone: bool = False
 
 
 def inverse_frequencies(d_model: int, device: torch.device | None = None) -> torch.Tensor:
@@ -74,7 +72,7 @@ def inverse_frequencies(d_model: int, device: torch.device | None = None) -> tor
 def encode_distances(context_len: int, d_model: int, clamp_len: int, like: torch.Tensor) -> torch.Tensor:
     """Sinusoids of the distances C, C - 1, ..., 0: sines, then cosines, of d / 10000^(2i/D).
 
-    The first is one further than any query sees; see `_shift`.
+    The first is one further than any query sees; see `attention_core`.
 
     Returns:
         [C + 1, D] in the type and on the device of `like`.
@@ -139,7 +137,6 @@ class RelativeAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, d_head: int, dropout: Dropout) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.scale = d_head**-0.5
         self.dropout = dropout
         self.qkv = QueryKeyValue(d_model, n_heads, d_head)
         self.position = nn.Linear(d_model, n_heads * d_head, bias=False)
@@ -147,54 +144,10 @@ class RelativeAttention(nn.Module):
 
     def forward(self, context_BCD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         """Attend from the last S positions of the context, [B, S, D]."""
-        segment_len, context_len = inputs.hidden_SC.shape[-2:]
-        q_ABSW, k_ABCW, v_ABCW = self.qkv(context_BCD, segment_len)
+        q_ABSW, k_ABCW, v_ABCW = self.qkv(context_BCD, inputs.hidden_SC.shape[-2])
         r_APW = self.position(inputs.distances_PD).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
-        content_ABSW = (q_ABSW + inputs.bias_u_AW[:, None, None]) * self.scale
-        position_ABSW = (q_ABSW + inputs.bias_v_AW[:, None, None]) * self.scale
-
-        blocks = []
-        for start in range(0, segment_len, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, segment_len)
-            n_keys = context_len - segment_len + stop
-            scores = content_ABSW[:, :, start:stop] @ k_ABCW[:, :, :n_keys].transpose(-1, -2)
-            scores += _shift(position_ABSW[:, :, start:stop], r_APW[:, -n_keys - 1 :])
-            hidden = inputs.hidden_SC[..., start:stop, :n_keys]
-            probabilities = self._drop(_softmax(scores, hidden), inputs.keys_BS, start)
-            blocks.append(probabilities @ v_ABCW[:, :, :n_keys])
-        return self.output(torch.cat(blocks, dim=2).permute(1, 2, 0, 3).flatten(2))
-
-    def _drop(
-        self, probabilities_ABNC: torch.Tensor, keys_BS: torch.Tensor | None, first: int
-    ) -> torch.Tensor:
-        """Dropout for N queries from number `first` on; each head draws for itself."""
-        if not self.dropout.active:
-            return probabilities_ABNC
-        assert keys_BS is not None, "dropout in training: give AttentionInputs.keys_BS"
-        keys_BN = keys_BS[:, first : first + probabilities_ABNC.shape[2]]
-        heads_A = torch.arange(self.n_heads, device=keys_BS.device)
-        return self.dropout(probabilities_ABNC, draw(keys_BN, heads_A[:, None, None]))
-
-
-def _softmax(scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Probabilities of the keys, 0 where they are hidden; a query of padding, which sees none, gets 0 alone.
-
-    Whatever the type, exponentials and their sum are computed in fp32 or wider.
-    """
-    if hidden.dim() == 2:
-        return scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
-    lowest = torch.finfo(scores.dtype).min  # of rows of infinities the softmax and its gradient are NaN
-    return scores.masked_fill_(hidden, lowest).softmax(dim=-1).masked_fill(hidden, 0)
-
-
-def _shift(queries_ABNW: torch.Tensor, distances_APW: torch.Tensor) -> torch.Tensor:
-    """Products of queries with distances, [A, B, N, P - 1], column j holding that of distance i - j.
-
-    Row i of the plain product holds distances P - 1, ..., 0 where it should start N - 1 - i further
-    left. One more distance than there are keys makes rows one longer than needed, so that skipping the
-    first N numbers and reading on in rows of P - 1 shifts each row by one more, without a copy. What
-    runs over from the next row lies where keys are later than the query, which is hidden anyway.
-    """
-    n_heads, batch, n_queries, _ = queries_ABNW.shape
-    products = queries_ABNW.flatten(1, 2) @ distances_APW.transpose(-1, -2)
-    return products.view(n_heads, batch, -1)[..., n_queries:].view(n_heads, batch, n_queries, -1)
+        keys_BS = inputs.keys_BS if self.dropout.active else None
+        assert keys_BS is not None or not self.dropout.active, "dropout: give AttentionInputs.keys_BS"
+        visible = Visible(inputs.hidden_SC, inputs.causal_alone, self.dropout, keys_BS)
+        heads = Heads(q_ABSW, k_ABCW, v_ABCW, r_APW, inputs.bias_u_AW, inputs.bias_v_AW)
+        return self.output(attend(heads, visible).permute(1, 2, 0, 3).flatten(2))

@@ -195,7 +195,10 @@ class Backbone(nn.Module):
         if self.position_dropout.active:
             distances_P = torch.arange(context_len, -1, -1, device=x_BSD.device)
             distances_PD = self.position_dropout(distances_PD, position_keys(self.seed, step, distances_P))
-        return AttentionInputs(distances_PD, hidden_SC, self.attention_bias_u, self.attention_bias_v, keys_BS)
+        return AttentionInputs(
+            distances_PD, hidden_SC, self.attention_bias_u, self.attention_bias_v, keys_BS,
+            causal_alone=padding_BC is None and not span.same_length,
+        )  # fmt: skip
 
 
 class TransformerXL(Backbone):

@@ -38,10 +38,10 @@ def rescale(p: float) -> float:
     return LEVELS / (LEVELS - dropped_levels(p))
 
 
-def drop_(x: torch.Tensor, keys: torch.Tensor, p: float) -> torch.Tensor:
-    """Drop units of `x` [..., width] in place, outside autograd, by keys [...] of tokens at their site."""
+def drop_(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
+    """Drop units of `x` in place, outside autograd, all but those to `keep`, a `keep_mask`."""
     # CPUs multiply by bytes in half the time that they need for booleans.
-    return x.mul_(keep_mask(keys, x.shape[-1], p).view(torch.uint8)).mul_(rescale(p))
+    return x.mul_(keep.view(torch.uint8)).mul_(rescale(p))
 
 
 class Dropout(nn.Module):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from megamoe.moe.dropout import Dropout, drop_, rescale
+from megamoe.moe.dropout import Dropout, drop_, keep_mask, rescale
 from megamoe.moe.randomness import at_site
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -90,7 +90,9 @@ class _Mixture(torch.autograd.Function):
             w_in, b_in, w_out, b_out = (stack[one.expert] for stack in stacks)
             hidden_nF = torch.addmm(b_in, one.take(x_ND), w_in.t()).relu_()
             if choices.keys_P is not None:
-                drop_(hidden_nF[: one.count], at_site(choices.keys_P[one.where], dropout.site), dropout.p)
+                keys_n = at_site(choices.keys_P[one.where], dropout.site)
+                keep_nF = keep_mask(keys_n, hidden_nF.shape[1], dropout.p)
+                drop_(hidden_nF[: one.count], keep_nF, dropout.p)
             out_nD = torch.addmm(b_out, hidden_nF, w_out.t())[: one.count].to(y_ND.dtype)
             one.add_(y_ND, out_nD.mul_(weights_P[one.where, None]))
             hiddens.append(hidden_nF)
