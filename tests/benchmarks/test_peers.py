@@ -11,7 +11,7 @@ from benchmarks.side_by_side.layer import draw_tokens, fast_moe_layer, our_layer
 from benchmarks.side_by_side.ours import OurAttention, OurTraining, PlainTraining
 from benchmarks.side_by_side.peers.deepspeed_moe import DeepSpeedLayer
 from benchmarks.side_by_side.peers.published import PublishedTraining
-from benchmarks.side_by_side.peers.transformers_moe import TransformersLayer, equal_width, why_absent
+from benchmarks.side_by_side.peers.transformers_moe import TransformersLayer, equal_width
 from benchmarks.side_by_side.step import draw_tokens as draw_text
 from megamoe.config import RunConfig
 from megamoe.parallel.launch import World
@@ -76,7 +76,6 @@ def test_deepspeed_s_layer_without_drops_is_our_layer(run: RunConfig, world: Wor
     assert not torch.allclose(dropping(x_TD), ours(x_TD), atol=1e-3)
 
 
-@pytest.mark.skipif(bool(why_absent()), reason="transformers is not installed")
 def test_both_of_transformers_implementations_are_one_function_of_equal_cost(run: RunConfig) -> None:
     gate_ED = our_layer(run, 2, skewed=False, dropout=0.0).moe.router.state_dict()["weight"]
     eager, grouped = (
