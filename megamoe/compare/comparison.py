@@ -15,6 +15,7 @@ from megamoe.config.load import read_file
 from megamoe.config.schema import RunConfig
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG, resolve_ds_config
+from megamoe.training.callbacks.console import LOG_WIDTH
 from megamoe.training.environment import describe_environment
 from megamoe.training.run_folder import write_json
 from megamoe.training.session import read_corpus
@@ -72,6 +73,8 @@ def report(base: RunConfig, summary: dict[str, Any], jobs: int, command: str) ->
     where = f"{summary['date']}, {_machine(environment)}, {jobs} runs at a time."
     (folder / "compare.md").write_text(markdown(summary, images, command, where), encoding="utf-8")
     console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     console.print(terminal_table(summary))
     console.print(f"\n{folder}/compare.md, compare.json, {', '.join(image.name for image in images)}")
     return summary

@@ -79,7 +79,7 @@ def terminal_table(summary: dict[str, Any]) -> Table:
     )  # fmt: skip
     header, rows = _figure_rows(summary)
     for place, title in enumerate(header):
-        table.add_column(title, justify="left" if place == 0 else "right")
+        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=place == 0)
     for row in rows:
         table.add_row(*row)
     return table
