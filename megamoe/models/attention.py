@@ -7,7 +7,7 @@ For query i and key j, with W the width of a head and r_d the projected encoding
 over memory and segment, where u and v are two vectors per head that all layers share.
 
 Shapes besides the common ones: A attention heads, W width of one head, C = M + S context positions
-(memory, then segment), P = C + 1 distances.
+(memory, then segment), P = C + 1 distances. The sums over keys are in `attention_core`.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,12 @@ from torch import nn
 from torch.nn.functional import linear
 
 from megamoe.errors import ConfigError
-from megamoe.models.attention_core import Heads, Visible, attend
+from megamoe.models.attention_core import DroppedUnits, Hidden, relative_attention
 from megamoe.moe.dropout import Dropout
+from megamoe.moe.randomness import at_site, draw
+
+# Queries that share the keys they may see; smaller blocks cut off more of what the causal mask hides.
+QUERY_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class AttentionInputs(NamedTuple):
         bias_u_AW: u of the score, added to queries that meet keys.
         bias_v_AW: v of the score, added to queries that meet distances.
         keys_BS: keys of the segment's tokens, for dropout; None in evaluation.
-        causal_alone: nothing is hidden but later keys, which is cheaper to hide.
+        hides_later_only: whether `hidden_SC` hides nothing but later keys, so that attention can skip others.
     """
 
     distances_PD: torch.Tensor
@@ -61,7 +65,7 @@ class AttentionInputs(NamedTuple):
     bias_u_AW: torch.Tensor
     bias_v_AW: torch.Tensor
     keys_BS: torch.Tensor | None = None
-    causal_alone: bool = False
+    hides_later_only: bool = False
 
 
 def inverse_frequencies(d_model: int, device: torch.device | None = None) -> torch.Tensor:
@@ -72,7 +76,7 @@ def inverse_frequencies(d_model: int, device: torch.device | None = None) -> tor
 def encode_distances(context_len: int, d_model: int, clamp_len: int, like: torch.Tensor) -> torch.Tensor:
     """Sinusoids of the distances C, C - 1, ..., 0: sines, then cosines, of d / 10000^(2i/D).
 
-    The first is one further than any query sees; see `attention_core`.
+    The first is one further than any query sees; see `_shift`.
 
     Returns:
         [C + 1, D] in the type and on the device of `like`.
@@ -144,10 +148,27 @@ class RelativeAttention(nn.Module):
 
     def forward(self, context_BCD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         """Attend from the last S positions of the context, [B, S, D]."""
-        q_ABSW, k_ABCW, v_ABCW = self.qkv(context_BCD, inputs.hidden_SC.shape[-2])
+        segment_len = inputs.hidden_SC.shape[-2]
+        q_ABSW, k_ABCW, v_ABCW = self.qkv(context_BCD, segment_len)
         r_APW = self.position(inputs.distances_PD).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
-        keys_BS = inputs.keys_BS if self.dropout.active else None
-        assert keys_BS is not None or not self.dropout.active, "dropout: give AttentionInputs.keys_BS"
-        visible = Visible(inputs.hidden_SC, inputs.causal_alone, self.dropout, keys_BS)
-        heads = Heads(q_ABSW, k_ABCW, v_ABCW, r_APW, inputs.bias_u_AW, inputs.bias_v_AW)
-        return self.output(attend(heads, visible).permute(1, 2, 0, 3).flatten(2))
+        context_ABSW = relative_attention(
+            q_ABSW,
+            k_ABCW,
+            v_ABCW,
+            r_APW,
+            inputs.bias_u_AW,
+            inputs.bias_v_AW,
+            Hidden(inputs.hidden_SC, inputs.hides_later_only),
+            self._dropped(inputs.keys_BS),
+            QUERY_BLOCK,
+        )
+        return self.output(context_ABSW.permute(1, 2, 0, 3).flatten(2))
+
+    def _dropped(self, keys_BS: torch.Tensor | None) -> DroppedUnits | None:
+        """Dropout of probabilities; each head draws for itself."""
+        if not self.dropout.active:
+            return None
+        assert keys_BS is not None, "dropout in training: give AttentionInputs.keys_BS"
+        heads_A = torch.arange(self.n_heads, device=keys_BS.device)
+        keys_ABS = draw(keys_BS, heads_A[:, None, None])
+        return DroppedUnits(at_site(keys_ABS, self.dropout.site), self.dropout.p)

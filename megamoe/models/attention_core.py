@@ -1,113 +1,83 @@
-"""Softmax attention with scores of distances, from queries, keys and values to contexts.
+"""The core of relative attention, from projections to context, as one function with its own gradient.
 
-For query i and key j of one head, with a_i = (q_i + u) / sqrt(W), b_i = (q_i + v) / sqrt(W) and r_d the
-projected encoding of distance d,
+For query i and key j of one head, with a_i = (q_i + u) / sqrt(W), b_i = (q_i + v) / sqrt(W),
 
-    s_ij = a_i . k_j + b_i . r_{i-j}     p_i = softmax(s_i)     o_i = sum_j dropout(p_ij) v_j
+    s_ij = a_i . k_j + b_i . r_{i-j}    p_i = softmax(s_i), 0 where keys are hidden
+    e_ij = p_ij, negative where dropout drops it
+    o_i = sum_j max(e_ij, 0) v_j / (1 - p_drop)
 
-Queries are taken in blocks, of which each meets the keys that its last query may see alone. The scores of a
-block become probabilities where they stand, and so do their gradients; for this it is one function of
-autograd. Kept are the probabilities, and which of them dropout keeps.
+and backwards, with g = do / (1 - p_drop),
 
-**The shift.** The product of the n queries of a block with the distances P - 1, ..., 0 has rows that should
-start n - 1 - i further left for row i. With one more distance than there are keys its rows are one longer
-than needed, so that skipping the first n numbers and reading on in rows of P - 1 shifts each row by one more.
-What runs over from the next row lies where keys are later than the query, which is hidden anyway.
+    dv_j = sum_i max(e_ij, 0) g_i
+    dp_ij = g_i . v_j where e_ij > 0    ds_ij = p_ij (dp_ij - p_i . dp_i)
+    da_i = sum_j ds_ij k_j              dk_j = sum_i ds_ij a_i
+    db_i = sum_j ds_ij r_{i-j}          dr_d = sum_i ds_{i,i-d} b_i
 
-Shapes: A heads, B batch, S queries, C keys, W width of a head, P = C + 1 distances; G = A * B; n queries and
-c keys of one block.
+Beside the inputs e is all that is kept, its sign being the mask of dropout. The work is done in pieces:
+blocks of queries share the keys that the last of them may see, which cuts off most of what the causal mask
+hides; and on a CPU one piece stays in the cache of a core from its scores to its products.
+
+Shapes besides the common ones: A attention heads, W width of one head, G = A B matrices, one for each head
+and row, C = M + S context positions (memory, then segment), P = C + 1 distances; in a piece: N queries, J
+keys, and its own A heads, B rows and G matrices only.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from megamoe.moe.dropout import Dropout, drop_, keep_mask
-from megamoe.moe.precision import out_of_autocast
-from megamoe.moe.randomness import at_site, draw
+from megamoe.moe.dropout import keep_mask, rescale
 
-QUERY_BLOCK = 128
-"""Queries of a block: few enough that little is computed of what the causal mask hides, and that the scores
-stay in the cache; many enough for fast products."""
+# On a CPU the scores of one piece should stay in the cache of a core.
+SCORES_AT_ONCE = {"cpu": 1 << 19}
+MOST_SCORES_AT_ONCE = 1 << 26
 
 
-@dataclass(frozen=True)
-class Visible:
-    """Which keys the queries see, and what dropout leaves of them.
+class Hidden(NamedTuple):
+    """Which keys queries must not see.
 
     Attributes:
-        hidden_SC: True where query s must not see key c; [B, S, C] where rows are padded.
-        causal_alone: nothing is hidden but later keys.
-        dropout: on probabilities.
-        keys_BS: of the queries' tokens, for dropout; None where nothing is dropped.
+        mask_SC: True where query s must not see key c; [B, S, C] where rows are padded.
+        later_only: whether nothing is hidden but keys later than their query, which saves looking at others.
     """
 
-    hidden_SC: torch.Tensor
-    causal_alone: bool
-    dropout: Dropout
-    keys_BS: torch.Tensor | None
-
-    def hide_(self, scores_ABnc: torch.Tensor, block: "_Block") -> None:
-        """Make the scores of hidden keys as low as can be."""
-        if self.causal_alone:  # all others come before the first query of the block
-            first = block.n_keys - block.n_queries
-            hidden_nn = self.hidden_SC[block.queries, first : block.n_keys]
-            scores_ABnc[..., first:].masked_fill_(hidden_nn, -torch.inf)
-        elif self.hidden_SC.dim() == 2:
-            scores_ABnc.masked_fill_(self._of(block), -torch.inf)
-        else:  # a query of padding sees nothing, and the softmax of infinities alone is NaN
-            scores_ABnc.masked_fill_(self._of(block), torch.finfo(scores_ABnc.dtype).min)
-
-    def forget_(self, probabilities_ABnc: torch.Tensor, block: "_Block") -> None:
-        """Leave a query of padding, which sees nothing, nothing."""
-        if self.hidden_SC.dim() == 3:
-            probabilities_ABnc.masked_fill_(self._of(block), 0)
-
-    def keep(self, block: "_Block", n_heads: int) -> torch.Tensor | None:
-        """Which probabilities [A, B, n, c] dropout keeps; None: all. Each head draws for itself."""
-        if self.keys_BS is None:
-            return None
-        heads_A11 = torch.arange(n_heads, device=self.keys_BS.device)[:, None, None]
-        keys_ABn = at_site(draw(self.keys_BS[:, block.queries], heads_A11), self.dropout.site)
-        return keep_mask(keys_ABn, block.n_keys, self.dropout.p)
-
-    def _of(self, block: "_Block") -> torch.Tensor:
-        return self.hidden_SC[..., block.queries, : block.n_keys]
+    mask_SC: torch.Tensor
+    later_only: bool
 
 
-class Heads(NamedTuple):
-    """What attention is computed from.
+class DroppedUnits(NamedTuple):
+    """Dropout of probabilities.
 
     Attributes:
-        queries: [A, B, S, W].
-        keys: [A, B, C, W].
-        values: [A, B, C, W].
-        distances: [A, P, W], those of the distances C, C - 1, ..., 0.
-        bias_u: [A, W].
-        bias_v: [A, W].
+        keys_ABS: keys of the queries at this place of the model, from which `keep_mask` draws.
+        p: probability.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    distances: torch.Tensor
-    bias_u: torch.Tensor
-    bias_v: torch.Tensor
+    keys_ABS: torch.Tensor
+    p: float
+
+    @property
+    def gain(self) -> float:
+        """What the units that are kept are multiplied by."""
+        return rescale(self.p)
 
 
-def attend(heads: Heads, visible: Visible) -> torch.Tensor:
-    """Contexts [A, B, S, W]."""
-    with out_of_autocast(*heads) as inputs:
-        contexts_ABSW: torch.Tensor = _Attention.apply(*inputs, visible)
-        return contexts_ABSW
+class _Group(NamedTuple):
+    """Matrices that are computed at once: several heads only with all rows."""
+
+    heads: slice
+    rows: slice
+    matrices: slice
+
+    @property
+    def n_heads(self) -> int:
+        return self.heads.stop - self.heads.start
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Some queries in a row, and how many keys the last of them may see."""
+class _Block(NamedTuple):
+    """N queries, and how many keys J the last of them may see."""
 
     queries: slice
     n_keys: int
@@ -116,108 +86,249 @@ class _Block:
     def n_queries(self) -> int:
         return self.queries.stop - self.queries.start
 
-    def keys_of(self, values_ABCW: torch.Tensor) -> torch.Tensor:
-        """[G, c, W]."""
-        return values_ABCW.flatten(0, 1)[:, : self.n_keys]
+    @property
+    def keys(self) -> slice:
+        return slice(self.n_keys)
 
-    def queries_of(self, values_ABSW: torch.Tensor) -> torch.Tensor:
-        """[G, n, W]."""
-        return values_ABSW.flatten(0, 1)[:, self.queries]
-
-    def distances_of(self, values_APW: torch.Tensor) -> torch.Tensor:
-        """[A, c + 1, W]."""
-        return values_APW[:, -self.n_keys - 1 :]
-
-    def room(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For products [A, B * n, c + 1] of queries with distances, and the same shifted, [A, B, n, c]."""
-        n_heads, batch = like.shape[:2]
-        products = like.new_empty(n_heads, batch, self.n_queries * (self.n_keys + 1))
-        shifted = products[..., self.n_queries :].view(n_heads, batch, self.n_queries, self.n_keys)
-        return products.view(n_heads, batch * self.n_queries, self.n_keys + 1), shifted
+    @property
+    def distances(self) -> slice:
+        """J, J - 1, ..., 0."""
+        return slice(-self.n_keys - 1, None)
 
 
-def _blocks(n_queries: int, n_keys: int) -> Iterator[_Block]:
-    for start in range(0, n_queries, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n_queries)
-        yield _Block(slice(start, stop), n_keys - n_queries + stop)
+def relative_attention(
+    q_ABSW: torch.Tensor,
+    k_ABCW: torch.Tensor,
+    v_ABCW: torch.Tensor,
+    r_APW: torch.Tensor,
+    bias_u_AW: torch.Tensor,
+    bias_v_AW: torch.Tensor,
+    hidden: Hidden,
+    dropped: DroppedUnits | None,
+    query_block: int,
+) -> torch.Tensor:
+    """Context [A, B, S, W] of the queries, as the head of this file defines it.
+
+    Args:
+        q_ABSW: queries.
+        k_ABCW: keys.
+        v_ABCW: values.
+        r_APW: projected encodings of the distances C, C - 1, ..., 0. No query sees distance C.
+        bias_u_AW: u.
+        bias_v_AW: v.
+        hidden: which keys are hidden.
+        dropped: dropout of probabilities; None for none.
+        query_block: queries N of one piece.
+    """
+    # Outside of the function, which would save these parameters where ZeRO may take them apart meanwhile.
+    content_ABSW, position_ABSW = _scaled(q_ABSW, bias_u_AW), _scaled(q_ABSW, bias_v_AW)
+    tensors = (content_ABSW, position_ABSW, k_ABCW, v_ABCW, r_APW)
+    with torch.autocast(q_ABSW.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            return _attend(*tensors, hidden, dropped, query_block, kept=None)
+        context_ABSW: torch.Tensor = _RelativeAttention.apply(*tensors, hidden, dropped, query_block)
+        return context_ABSW
 
 
-def _scaled(queries_ABSW: torch.Tensor, bias_AW: torch.Tensor) -> torch.Tensor:
-    return (queries_ABSW + bias_AW[:, None, None]).mul_(queries_ABSW.shape[-1] ** -0.5)
+def _scaled(q_ABSW: torch.Tensor, bias_AW: torch.Tensor) -> torch.Tensor:
+    """Queries are scaled, and not scores, which are many more; under autocast biases are wider than they."""
+    return (q_ABSW + bias_AW[:, None, None].to(q_ABSW.dtype)) * q_ABSW.shape[-1] ** -0.5
 
 
-class _Attention(torch.autograd.Function):
+class _RelativeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        *tensors, visible = inputs
-        heads = Heads(*tensors)
-        contents, places = _scaled(heads.queries, heads.bias_u), _scaled(heads.queries, heads.bias_v)
-        contexts = torch.empty_like(heads.queries)
-        kept: list[torch.Tensor | None] = []
-        for block in _blocks(heads.queries.shape[2], heads.keys.shape[2]):
-            products, shifted = block.room(heads.queries)
-            queries_AmW = places[:, :, block.queries].flatten(1, 2)
-            torch.bmm(queries_AmW, block.distances_of(heads.distances).mT, out=products)
-            scores_Gnc = torch.baddbmm(
-                shifted.flatten(0, 1), block.queries_of(contents), block.keys_of(heads.keys).mT
-            )
-            scores = scores_Gnc.view(shifted.shape)
-            visible.hide_(scores, block)
-            probabilities = _softmax_(scores)
-            visible.forget_(probabilities, block)
-            keep = visible.keep(block, len(probabilities))
-            kept += (probabilities, keep)
-            dropped_Gnc = _dropped(probabilities, keep, visible).flatten(0, 1)
-            block.queries_of(contexts).copy_(torch.bmm(dropped_Gnc, block.keys_of(heads.values)))
-        ctx.save_for_backward(*heads, *kept)
-        ctx.visible = visible
-        return contexts
+    def forward(
+        ctx: Any,
+        content_ABSW: torch.Tensor,
+        position_ABSW: torch.Tensor,
+        k_ABCW: torch.Tensor,
+        v_ABCW: torch.Tensor,
+        r_APW: torch.Tensor,
+        hidden: Hidden,
+        dropped: DroppedUnits | None,
+        query_block: int,
+    ) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        tensors = content_ABSW, position_ABSW, k_ABCW, v_ABCW, r_APW
+        context_ABSW = _attend(*tensors, hidden, dropped, query_block, kept)
+        ctx.dropped, ctx.query_block = dropped, query_block
+        ctx.save_for_backward(*tensors, *kept)
+        return context_ABSW
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dcontexts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        heads, kept = Heads(*ctx.saved_tensors[:6]), iter(ctx.saved_tensors[6:])
-        visible: Visible = ctx.visible
-        contents, places = _scaled(heads.queries, heads.bias_u), _scaled(heads.queries, heads.bias_v)
-        dcontents, dplaces = torch.empty_like(heads.queries), torch.empty_like(heads.queries)
-        dkeys, dvalues = torch.zeros_like(heads.keys), torch.zeros_like(heads.values)
-        ddistances = torch.zeros_like(heads.distances)
-        dcontexts = dcontexts.contiguous()
-        for block in _blocks(heads.queries.shape[2], heads.keys.shape[2]):
-            probabilities, keep = next(kept), next(kept)
-            dcontexts_GnW = block.queries_of(dcontexts)
-            dropped_Gnc = _dropped(probabilities, keep, visible).flatten(0, 1)
-            block.keys_of(dvalues).baddbmm_(dropped_Gnc.mT, dcontexts_GnW)
-            dscores_Gnc = torch.bmm(dcontexts_GnW, block.keys_of(heads.values).mT)
-            dscores = dscores_Gnc.view(probabilities.shape)
-            if keep is not None:
-                drop_(dscores, keep, visible.dropout.p)
-            _softmax_backward_(dscores, probabilities)
-            dproducts, shifted = block.room(heads.queries)
-            shifted.copy_(dscores)
-            dproducts.view((*shifted.shape[:2], -1))[..., : block.n_queries].zero_()
-            block.keys_of(dkeys).baddbmm_(dscores_Gnc.mT, block.queries_of(contents))
-            block.queries_of(dcontents).copy_(torch.bmm(dscores_Gnc, block.keys_of(heads.keys)))
-            dplaces_AmW = torch.bmm(dproducts, block.distances_of(heads.distances))
-            dplaces[:, :, block.queries] = dplaces_AmW.unflatten(1, (-1, block.n_queries))
-            queries_AmW = places[:, :, block.queries].flatten(1, 2)
-            block.distances_of(ddistances).baddbmm_(dproducts.mT, queries_AmW)
-        scale = heads.queries.shape[-1] ** -0.5
-        dbias_u, dbias_v = (d.sum((1, 2)).mul_(scale) for d in (dcontents, dplaces))
-        return dcontents.add_(dplaces).mul_(scale), dkeys, dvalues, ddistances, dbias_u, dbias_v, None
+    def backward(ctx: Any, g_ABSW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        content_ABSW, position_ABSW, k_ABCW, v_ABCW, r_APW, *kept = ctx.saved_tensors
+        if ctx.dropped is not None:
+            g_ABSW = g_ABSW * ctx.dropped.gain
+        a_GSW, b_GSW, g_GSW = (x.flatten(0, 1) for x in (content_ABSW, position_ABSW, g_ABSW))
+        k_GCW, v_GCW = k_ABCW.flatten(0, 1), v_ABCW.flatten(0, 1)
+        d_a_GSW, d_b_GSW, d_k_GCW, d_v_GCW = (torch.empty_like(x) for x in (a_GSW, b_GSW, k_GCW, v_GCW))
+        d_r_APW = _zero_sums(r_APW)
+
+        blocks = list(_blocks(content_ABSW, k_ABCW, ctx.query_block))
+        for group in _groups(content_ABSW, k_ABCW, ctx.query_block):
+            here = group.matrices
+            sums_k_GCW, sums_v_GCW = _zero_sums(k_GCW[here]), _zero_sums(v_GCW[here])
+            for block, e_GNJ in zip(blocks, kept, strict=True):
+                g_GNW = g_GSW[here, block.queries]
+                d_p_GNJ = _product(g_GNW, v_GCW[here, block.keys].contiguous().mT)
+                kept_GNJ, d_s_GNJ = _softmax_backward(d_p_GNJ, e_GNJ[here], ctx.dropped)
+                sums_v_GCW[:, block.keys] += _product(kept_GNJ.mT, g_GNW)
+                sums_k_GCW[:, block.keys] += _product(d_s_GNJ.mT, a_GSW[here, block.queries])
+                d_a_GSW[here, block.queries] = _product(d_s_GNJ, k_GCW[here, block.keys])
+                d_products = _unshift(d_s_GNJ, group)
+                b = _rows_together(b_GSW[here, block.queries], group)
+                d_b = _product(d_products, r_APW[group.heads, block.distances])
+                d_b_GSW[here, block.queries] = d_b.view_as(g_GNW)
+                d_r_APW[group.heads, block.distances] += _product(d_products.mT, b)
+            d_k_GCW[here], d_v_GCW[here] = sums_k_GCW, sums_v_GCW
+
+        d_queries = d_a_GSW.view_as(content_ABSW), d_b_GSW.view_as(content_ABSW)
+        d_keys = d_k_GCW.view_as(k_ABCW), d_v_GCW.view_as(v_ABCW), d_r_APW.to(r_APW.dtype)
+        return *d_queries, *d_keys, None, None, None
 
 
-def _dropped(probabilities: torch.Tensor, keep: torch.Tensor | None, visible: Visible) -> torch.Tensor:
-    return probabilities if keep is None else drop_(probabilities.clone(), keep, visible.dropout.p)
+def _attend(
+    content_ABSW: torch.Tensor,
+    position_ABSW: torch.Tensor,
+    k_ABCW: torch.Tensor,
+    v_ABCW: torch.Tensor,
+    r_APW: torch.Tensor,
+    hidden: Hidden,
+    dropped: DroppedUnits | None,
+    query_block: int,
+    kept: list[torch.Tensor] | None,
+) -> torch.Tensor:
+    """The context; appends e of each block of queries, [G, N, J], to `kept`."""
+    a_GSW, b_GSW, k_GCW, v_GCW = (x.flatten(0, 1) for x in (content_ABSW, position_ABSW, k_ABCW, v_ABCW))
+    context_GSW = torch.empty_like(a_GSW)
+    blocks = list(_blocks(content_ABSW, k_ABCW, query_block))
+    if kept is not None:
+        kept += (k_GCW.new_empty(len(k_GCW), block.n_queries, block.n_keys) for block in blocks)
+    for group in _groups(content_ABSW, k_ABCW, query_block):
+        here = group.matrices
+        for i, block in enumerate(blocks):
+            s_GNJ = _product(a_GSW[here, block.queries], k_GCW[here, block.keys].contiguous().mT)
+            b = _rows_together(b_GSW[here, block.queries], group)
+            s_GNJ += _shifted_product(b, r_APW[group.heads, block.distances], s_GNJ.shape)
+            e_GNJ = _softmax(s_GNJ, hidden, group, block, None if kept is None else kept[i][here])
+            if dropped is not None:
+                keys_GN = dropped.keys_ABS.flatten(0, 1)[here, block.queries]
+                keep_GNJ = keep_mask(keys_GN, block.n_keys, dropped.p)
+                e_GNJ = e_GNJ.mul_(keep_GNJ.view(torch.int8).mul_(2).sub_(1)).relu()
+            context_GSW[here, block.queries] = _product(e_GNJ, v_GCW[here, block.keys])
+    if dropped is not None:
+        context_GSW.mul_(dropped.gain)
+    return context_GSW.view_as(content_ABSW)
 
 
-def _softmax_(scores: torch.Tensor) -> torch.Tensor:
-    """In place; exponentials and their sum are computed in fp32 or wider."""
-    return torch.ops.aten._softmax.out(scores, -1, False, out=scores)
+def _blocks(q_ABSW: torch.Tensor, k_ABCW: torch.Tensor, query_block: int) -> Iterator[_Block]:
+    segment_len, context_len = q_ABSW.shape[2], k_ABCW.shape[2]
+    for start in range(0, segment_len, query_block):
+        stop = min(start + query_block, segment_len)
+        yield _Block(slice(start, stop), context_len - segment_len + stop)
 
 
-def _softmax_backward_(gradient: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """In place, p * (g - sum g p); sums are computed in fp32 or wider."""
-    return torch.ops.aten._softmax_backward_data.out(
-        gradient, probabilities, -1, probabilities.dtype, grad_input=gradient
-    )
+def _groups(q_ABSW: torch.Tensor, k_ABCW: torch.Tensor, query_block: int) -> Iterator[_Group]:
+    """As many matrices at a time as `SCORES_AT_ONCE` allows, but one at least."""
+    n_heads, batch, segment_len, _ = q_ABSW.shape
+    most_scores = SCORES_AT_ONCE.get(q_ABSW.device.type, MOST_SCORES_AT_ONCE)
+    at_once = max(1, most_scores // max(1, min(query_block, segment_len) * k_ABCW.shape[2]))
+    heads_at_once, rows_at_once = max(1, at_once // batch), min(at_once, batch)
+    for head in range(0, n_heads, heads_at_once):
+        heads = slice(head, min(head + heads_at_once, n_heads))
+        for row in range(0, batch, rows_at_once):
+            rows = slice(row, min(row + rows_at_once, batch))
+            yield _Group(heads, rows, slice(head * batch + row, (heads.stop - 1) * batch + rows.stop))
+
+
+def _softmax(
+    scores_GNJ: torch.Tensor, hidden: Hidden, group: _Group, block: _Block, out: torch.Tensor | None
+) -> torch.Tensor:
+    """Probabilities of the keys, 0 where they are hidden; a query of padding, which sees none, gets 0 alone.
+
+    Whatever the type, exponentials and their sum are computed in fp32 or wider.
+    """
+    first = block.n_keys - block.n_queries if hidden.later_only else 0
+    mask = hidden.mask_SC[..., block.queries, first : block.n_keys]
+    if mask.dim() == 2:
+        scores_GNJ[..., first:].masked_fill_(mask, -torch.inf)
+        return torch.softmax(scores_GNJ, -1, out=out)
+    mask, of_rows = mask[group.rows], (group.n_heads, -1)
+    lowest = torch.finfo(scores_GNJ.dtype).min  # of rows of infinities the softmax and its gradient are NaN
+    scores_GNJ.unflatten(0, of_rows).masked_fill_(mask, lowest)
+    probabilities_GNJ = torch.softmax(scores_GNJ, -1, out=out)
+    probabilities_GNJ.unflatten(0, of_rows).masked_fill_(mask, 0)
+    return probabilities_GNJ
+
+
+def _softmax_backward(
+    d_p_GNJ: torch.Tensor, e_GNJ: torch.Tensor, dropped: DroppedUnits | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(e, 0) and ds, from dp as it would be without dropout."""
+    if dropped is None:
+        return e_GNJ, torch._softmax_backward_data(d_p_GNJ, e_GNJ, -1, e_GNJ.dtype)
+    kept_GNJ = e_GNJ.relu()
+    d_p_GNJ = torch.ops.aten.threshold_backward(d_p_GNJ, kept_GNJ, 0)
+    return kept_GNJ, torch._softmax_backward_data(d_p_GNJ, e_GNJ.abs(), -1, e_GNJ.dtype)
+
+
+def _rows_together(x_GNW: torch.Tensor, group: _Group) -> torch.Tensor:
+    """[A, B N, W]: distances are the same in all rows, so that heads alone need products of their own."""
+    return x_GNW.reshape(group.n_heads, -1, x_GNW.shape[-1])
+
+
+def _shifted_product(queries: torch.Tensor, r_APW: torch.Tensor, shape_GNJ: torch.Size) -> torch.Tensor:
+    """Products of queries [A, B N, W] with distances, [G, N, J], column j for the distance to key j.
+
+    See `_shifted`. What runs over from the next row lies where keys are later than the query, which is
+    hidden anyway.
+    """
+    padded = queries.new_empty(*queries.shape[:2], _padded(r_APW.shape[1]))
+    products = padded[..., : r_APW.shape[1]]
+    if len(queries) == 1:
+        torch.mm(queries[0], r_APW[0].mT, out=products[0])
+    else:
+        torch.bmm(queries, r_APW.mT, out=products)
+    return _shifted(padded, shape_GNJ)
+
+
+def _unshift(d_scores_GNJ: torch.Tensor, group: _Group) -> torch.Tensor:
+    """Gradients of the plain products, [A, B N, J + 1]: 0 but for those that `_shifted` shows.
+
+    What it shows of the next row are gradients of hidden scores, thus 0 as well.
+    """
+    n_matrices, n_queries, n_keys = d_scores_GNJ.shape
+    n_rows = n_matrices // group.n_heads * n_queries
+    padded = d_scores_GNJ.new_empty(group.n_heads, n_rows, _padded(n_keys + 1))
+    padded[..., :n_queries] = 0
+    _shifted(padded, d_scores_GNJ.shape).copy_(d_scores_GNJ)
+    return padded[..., : n_keys + 1]
+
+
+def _shifted(padded: torch.Tensor, shape_GNJ: torch.Size) -> torch.Tensor:
+    """View [G, N, J] of plain products [A, B N, L], of which the first J + 1 columns count.
+
+    Row i of the plain product holds distances J, ..., 0 where it should start N - 1 - i further left.
+    Skipping the first N numbers and reading on in rows of L - 1 shifts each row by one more, without a
+    copy.
+    """
+    _, n_queries, _ = shape_GNJ
+    length = padded.shape[-1]
+    return padded.as_strided(shape_GNJ, (n_queries * length, length - 1, 1), n_queries)
+
+
+def _padded(length: int) -> int:
+    """Length of rows that starts them where memory is read fastest."""
+    return -(-length // 64) * 64
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Batched product, without the copies that `matmul` makes of slices, and `bmm` of a batch of one."""
+    return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
+
+
+def _zero_sums(x: torch.Tensor) -> torch.Tensor:
+    """Room for a gradient that is a sum over blocks of queries, therefore in fp32 or wider."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -197,7 +197,7 @@ class Backbone(nn.Module):
             distances_PD = self.position_dropout(distances_PD, position_keys(self.seed, step, distances_P))
         return AttentionInputs(
             distances_PD, hidden_SC, self.attention_bias_u, self.attention_bias_v, keys_BS,
-            causal_alone=padding_BC is None and not span.same_length,
+            hides_later_only=padding_BC is None and not span.same_length,
         )  # fmt: skip
 
 

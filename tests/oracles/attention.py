@@ -1,8 +1,11 @@
-"""Relative attention with explicit loops over batch, query, head and key, in double."""
+"""Relative attention with explicit loops over batch, query, head and key, in double, and in matrices."""
 
 import math
 
 import torch
+
+from megamoe.moe.dropout import Dropout
+from megamoe.moe.randomness import draw
 
 
 def relative_attention(
@@ -52,3 +55,34 @@ def sinusoid(distance: int, d_model: int) -> torch.Tensor:
     """sin(d w_0), ..., sin(d w_n), cos(d w_0), ..., cos(d w_n), with w_i = 10000^(-2i/D)."""
     angles = [distance / 10000 ** (2 * i / d_model) for i in range(d_model // 2)]
     return torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float64)
+
+
+def attention_of_matrices(
+    q_ABSW: torch.Tensor,
+    k_ABCW: torch.Tensor,
+    v_ABCW: torch.Tensor,
+    r_APW: torch.Tensor,
+    bias_u_AW: torch.Tensor,
+    bias_v_AW: torch.Tensor,
+    hidden_SC: torch.Tensor,
+    dropout: Dropout,
+    keys_BS: torch.Tensor | None,
+) -> torch.Tensor:
+    """Context [A, B, S, W] from projections, in plain operations whose gradient autograd knows.
+
+    `r_APW` belongs to the distances C, ..., 0; `hidden_SC` may be [B, S, C]; each head drops for itself.
+    """
+    n_heads, _, segment_len, d_head = q_ABSW.shape
+    context_len = k_ABCW.shape[2]
+    queries_S1 = torch.arange(context_len - segment_len, context_len)[:, None]
+    distances_SC = (queries_S1 - torch.arange(context_len)).clamp(min=0)
+    products_ABSP = (q_ABSW + bias_v_AW[:, None, None]) @ r_APW[:, None].mT
+    places_SC = (context_len - distances_SC).expand(*q_ABSW.shape[:2], -1, -1)
+    scores = (q_ABSW + bias_u_AW[:, None, None]) @ k_ABCW.mT + products_ABSP.gather(-1, places_SC)
+    lowest = torch.finfo(scores.dtype).min
+    scores = (scores / math.sqrt(d_head)).masked_fill(hidden_SC, lowest)
+    probabilities = scores.softmax(dim=-1).masked_fill(hidden_SC, 0)
+    if dropout.active:
+        assert keys_BS is not None
+        probabilities = dropout(probabilities, draw(keys_BS, torch.arange(n_heads)[:, None, None]))
+    return probabilities @ v_ABCW
