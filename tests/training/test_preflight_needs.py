@@ -1,5 +1,6 @@
 """What arithmetic says a run needs, against what a real step moves and a real kernel allows."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ def test_offloaded_states_move_to_host_memory() -> None:
     assert offloaded.host_memory > held.host_memory
 
 
-def count_exchanges(recompute: bool) -> tuple[int, int]:
+def count_exchanges(recompute: bool, top_k: int) -> tuple[int, int]:
     """Bytes that this rank gives into exchanges of rows in one step, and what is foreseen."""
     world = start(read_launch())
     run = small_run(
-        model={"dropout": 0.1, "vocab_size": VOCAB}, moe={"ep_size": 2},
+        model={"dropout": 0.1, "vocab_size": VOCAB}, moe={"ep_size": 2, "top_k": top_k},
         training={"activation_checkpointing": recompute},
     )  # fmt: skip
     engine = build_engine(run, FP32, world)
@@ -77,8 +78,18 @@ def count_exchanges(recompute: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_bytes_of_exchanges_are_those_that_a_step_sends(recompute: bool) -> None:
     """Of both ranks together: what comes back from experts follows from what others sent there."""
-    per_rank = run_ranks(count_exchanges, 2, recompute)
+    per_rank = run_ranks(count_exchanges, 2, recompute, 8)  # all experts, so every token goes to both
     assert sum(sent for sent, _ in per_rank) == sum(foreseen for _, foreseen in per_rank) > 0
+
+
+@pytest.mark.distributed
+def test_two_experts_per_token_are_on_fewer_than_two_ranks() -> None:
+    """How many depends on the routing, which is foreseen as even."""
+    per_rank = run_ranks(count_exchanges, 2, False, 2)
+    assert sum(sent for sent, _ in per_rank) == pytest.approx(sum(n for _, n in per_rank), rel=0.25)
+    everywhere = needs(FP32, 2, moe={"ep_size": 2, "top_k": 8}).all_to_all_message
+    twice = needs(FP32, 2, moe={"ep_size": 2, "top_k": 2}).all_to_all_message
+    assert twice / everywhere == pytest.approx(1 - math.comb(4, 2) / math.comb(8, 2), rel=1e-3)
 
 
 GROUP = {"memory.max": "5000", "memory.current": "4000", "memory.stat": "anon 3000\ninactive_file 700\n"}

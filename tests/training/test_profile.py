@@ -19,6 +19,7 @@ from megamoe.config import load_config
 from megamoe.data.datasets import open_text
 from megamoe.data.prepare import prepare
 from megamoe.models.model_of import model_of
+from megamoe.moe.exchange import LocalExchange
 from megamoe.moe.experts import Experts
 from megamoe.moe.rooms import room
 from megamoe.training.profile.flops import flop_counter
@@ -231,5 +232,8 @@ def test_experts_take_three_times_their_forward_pass():
     experts = Experts(4, 8, 16, dropout=0.0, init_std=0.1, seed=0, layer=0, local=range(4))
     x = torch.ones(10, 8, requires_grad=True)
     with flop_counter() as counter:
-        experts(x, [3, 0, 5, 2]).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * (2 * 10 * 8 * 16)
+        ids_T1 = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 3, 3])[:, None]
+        arrived = LocalExchange().dispatch(x, ids_T1, torch.ones(10, 1), 4, None)
+        experts(arrived).sum().backward()
+    # And once the gradients of the weights with respect to the biases of all experts.
+    assert counter.get_total_flops() == 3 * 2 * (2 * 10 * 8 * 16) + 2 * 10 * 8 * 4

@@ -4,6 +4,7 @@ P parameters are trained, P_x of them in experts, over W ranks, R of which share
 has b bytes in the layout's dtype. T tokens and K experts per token go through each of A micro-batches.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,9 @@ FP32_BYTES = 4
 MOMENT_BYTES = 8
 """Adam's two."""
 KEY_BYTES = 8
-"""What names a row to the ranks that draw its dropout."""
+"""What names a token to the ranks that draw its dropout."""
+WEIGHT_BYTES, CODE_BYTES = 4, 8
+"""Of a choice: its weight, which has a gradient, and what says of which token and expert it is."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class Needs:
             to owners and gathers what they have updated, the two halves of an all-reduce; ZeRO 2 does the
             first half for each micro-batch, times (A + 1) / 2; ZeRO 3 gathers for each pass as well,
             times 3 A / 2.
-        all_to_all: rows sent per step, in each mixture layer and micro-batch 4 b T K D: to the experts and
-            back, forward and backward. Activation checkpointing repeats the forward pass. With dropout,
-            8 T K for their keys in each forward pass.
-        all_to_all_message: b T K D.
+        all_to_all: sent per step, in each mixture layer and micro-batch 4 b T C D: copies of tokens to the
+            experts and sums back, forward and backward; 16 T K for the choices. Activation checkpointing
+            repeats the forward pass. With dropout, 8 T C for keys in each forward pass. A token goes to C
+            ranks in the mean, if routing is even: R (1 - binom(E - E/R, K) / binom(E, K)).
+        all_to_all_message: b T C D.
         flops: floating-point operations per step, 6 for each active trained parameter and token.
         memory: where tensors compute: weights and gradients b each, Adam's moments 8, fp32 masters 4 where
             b < 4, divided as the ZeRO stage says; frozen numbers 4. From below: activations and
@@ -61,11 +65,12 @@ def needs_of(run: RunConfig, layout: Layout, *, offloads: bool = False) -> Needs
         counts = count_parameters(TransformerXL(run.model, run.moe, seed=run.training.seed))
     top_k = _experts_per_token(run)
     tokens = layout.micro_batch_size * run.model.segment_len
-    message = tokens * top_k * run.model.d_model * layout.dtype.itemsize if layout.ep_size > 1 else 0
+    copies = tokens * _ranks_per_token(run.moe.n_experts, top_k, layout.ep_size)
+    message = int(copies * run.model.d_model * layout.dtype.itemsize) if layout.ep_size > 1 else 0
     memory, host_memory = _memory(run, layout, counts, offloads=offloads)
     return Needs(
         all_reduce=int(_shared(counts, layout) * layout.dtype.itemsize * _reductions(layout)),
-        all_to_all=_all_to_all(run, layout, message, tokens * top_k),
+        all_to_all=_all_to_all(run, layout, message, copies, tokens * top_k),
         all_to_all_message=message,
         flops=6.0 * counts.active(top_k, run.moe.n_experts) * tokens * layout.accumulation,
         memory=memory,
@@ -90,13 +95,20 @@ def _reductions(layout: Layout) -> float:
     return (layout.accumulation + 1) / 2 if layout.zero_stage == 2 else 1
 
 
-def _all_to_all(run: RunConfig, layout: Layout, message: int, rows: int) -> int:
+def _ranks_per_token(n_experts: int, top_k: int, n_ranks: int) -> float:
+    """How many of `n_ranks` own one of `top_k` experts, of which all are equally likely."""
+    elsewhere = math.comb(n_experts - n_experts // n_ranks, top_k)
+    return n_ranks * (1 - elsewhere / math.comb(n_experts, top_k))
+
+
+def _all_to_all(run: RunConfig, layout: Layout, message: int, copies: float, choices: int) -> int:
     if layout.ep_size == 1:
         return 0
     forwards = 2 if run.training.activation_checkpointing else 1
-    keys = KEY_BYTES * rows if run.model.dropout > 0 else 0
+    keys = KEY_BYTES * copies if run.model.dropout > 0 else 0
     exchanges = len(run.moe.layer_indices(run.model.n_layers)) * layout.accumulation
-    return exchanges * (2 * message * (forwards + 1) + keys * forwards)
+    named = choices * ((WEIGHT_BYTES + CODE_BYTES) * forwards + WEIGHT_BYTES)
+    return exchanges * int(2 * message * (forwards + 1) + named + keys * forwards)
 
 
 def _held(counts: ParameterCounts, layout: Layout) -> int:
