@@ -76,7 +76,7 @@ class Experts(nn.Module):
         copies = Copies.of(arrived.token_P, len(arrived.x_ND))
         x_PD = copies.gather(arrived.x_ND)
         ones_P = torch.ones(len(x_PD), device=x_PD.device)
-        return self._mix(x_PD, torch.arange(len(x_PD), device=x_PD.device), arrived, at_least_fp32(ones_P))
+        return self._mix(x_PD, torch.arange(len(x_PD), device=x_PD.device), arrived, ones_P)
 
     def _mix(
         self, x_ND: torch.Tensor, row_P: torch.Tensor, arrived: Arrived, weights_P: torch.Tensor

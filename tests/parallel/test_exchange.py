@@ -151,7 +151,7 @@ def test_equals_local_exchange(ranks: list[dict[str, Any]], layer: str, name: st
         assert rank["differences"][f"{layer}: {name}"] < 1e-5
 
 
-def test_traffic_is_the_least_possible(ranks: list[dict[str, Any]]) -> None:
+def test_nothing_is_sent_twice(ranks: list[dict[str, Any]]) -> None:
     """Numbers once; a token once to each rank of its experts, with weight and code of each choice and its
     key; one sum back from each rank; the same again for gradients. No padding, nothing twice."""
     n_ranks = len(ranks)
