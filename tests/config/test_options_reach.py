@@ -4,9 +4,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -39,7 +37,6 @@ from megamoe.training.guard import Guard
 from megamoe.training.heartbeat import Heartbeat, Watch
 from megamoe.training.learning_rate import Plateau, learning_rate
 from megamoe.training.metrics_file import read_metrics
-from megamoe.training.profile.trainer import Profile
 from megamoe.training.run_folder import RunFolder
 from megamoe.training.session import find_checkpoint, with_vocabulary
 from megamoe.training.trainer import Trainer
@@ -231,15 +228,7 @@ def start_point(run: RunConfig) -> Any:
     return attempt(lambda: find_checkpoint(run, RunFolder.of(run)))
 
 
-def profiled(run: RunConfig) -> Any:
-    """How many steps a profile takes, in order."""
-    trainer = MagicMock(spec=Profile, run=run, world=ALONE, step=0)
-    trainer.engine = SimpleNamespace(product_dtype=torch.float32)
-    trainer._take_steps.return_value = SimpleNamespace(top_k=1, tokens=1), 1.0
-    Profile._run_to_end(trainer)
-    return [call.args for call in (*trainer._take_steps.call_args_list, trainer._record.call_args)]
-
-
+TESTS = Path(__file__).parents[1]
 ADAPTIVE = "model.cutoffs=4,8 model.div_val=2"
 LINEAR = "moe.schedule.mode=linear_increase"
 SST2 = "task.name=sst2"
@@ -327,7 +316,6 @@ PROBES: list[tuple[str, str, Callable[[RunConfig], Any], str]] = [
     ("task.bucket", "4", sentence_batches, ""),
     ("logging.wandb", "true", observers, ""),
     ("logging.wandb_project", "mine", observers, "logging.wandb=true"),
-    ("logging.profile_steps", "4", profiled, ""),
 ]
 
 # What only the loop shows: option, and another value than in `LOOP`.
@@ -345,9 +333,13 @@ IN_THE_LOOP = {
     "logging.tensorboard": True,
 }
 
+# What real runs show elsewhere.
+ELSEWHERE = {"logging.profile_steps": "training/test_profile.py"}
+
 
 def test_no_option_is_forgotten():
-    named = {name for name, *_ in PROBES} | set(IN_THE_LOOP)
+    assert all(name in (TESTS / file).read_text() for name, file in ELSEWHERE.items())
+    named = {name for name, *_ in PROBES} | set(IN_THE_LOOP) | set(ELSEWHERE)
     named = {name for name in named if name != "moe.router.hyper_size"} | {"moe.router.options"}
     assert named == {row.name for row in option_rows()}
 
