@@ -4,12 +4,13 @@ Shapes: B batch, S segment, M memory, C = M + S, D model width.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from benchmarks.side_by_side import products
-from benchmarks.side_by_side.ours import OurAttention
+from benchmarks.side_by_side.ours import OurAttention, with_kernels
 from benchmarks.side_by_side.peers.classic_attention import ClassicAttention, PlainAttention
 from benchmarks.side_by_side.sizes import Sizes
 from benchmarks.side_by_side.timing import DTYPES, Case, Way, cast, clock_of, deviation, forget_gradients
@@ -18,6 +19,7 @@ from megamoe.moe.initialization import normal
 
 SECTION = "attention"
 OURS, CLASSIC, PLAIN = "ours", "classic form", "SDPA without distances"
+COMPILED = "ours, compiled kernels"
 FLOOR = "bare products"
 PROJECTIONS, CLASSIC_PROJECTIONS = "projections alone", "projections of the classic form"
 MOST = {"fp32": 1e-5, "bf16": 3e-2}
@@ -108,6 +110,8 @@ def measure(sizes: Sizes, threads: int) -> Iterator[Case]:
             return lambda number: draw(run, batch, way, number, dtype)
 
         ways = [way_of(way, form, make(way)) for way, form in forms.items()]
+        compiled = way_of(COMPILED, forms[OURS], make(COMPILED))
+        ways.append(replace(compiled, run=with_kernels(compiled.run)))
         bare = {
             FLOOR: [*products.projections(run, batch), *products.attention(run, batch)],
             PROJECTIONS: products.projections(run, batch),

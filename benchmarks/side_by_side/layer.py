@@ -4,12 +4,13 @@ Shapes: T tokens, D model width, E experts.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from benchmarks.side_by_side import products
-from benchmarks.side_by_side.ours import OurLayer, one_rank
+from benchmarks.side_by_side.ours import OurLayer, one_rank, with_kernels
 from benchmarks.side_by_side.peers.deepspeed_moe import DeepSpeedLayer
 from benchmarks.side_by_side.peers.dense import dense
 from benchmarks.side_by_side.peers.fastmoe import FastMoEExperts, FastMoELayer, LinearGate
@@ -24,6 +25,7 @@ SKEW = 2.0
 """Routing is skewed by a ramp of logits from plus to minus this; logits of balanced routing have spread 1."""
 
 OURS, PLAIN_OURS = "ours", "ours, p = 0"
+COMPILED = "ours, compiled kernels"
 FASTMOE, PLAIN_FASTMOE = "fastmoe's algorithm", "fastmoe's algorithm, p = 0"
 DEEPSPEED, PLAIN_DEEPSPEED = "DeepSpeed", "DeepSpeed, p = 0"
 DROPPING_DEEPSPEED = "DeepSpeed, capacity 1"
@@ -132,6 +134,8 @@ def measure_case(sizes: Sizes, threads: int, tokens: int, top_k: int, skewed: bo
         return lambda number: draw_tokens(run, tokens, name, number, DTYPES[dtype])
 
     ways = [way_of(name, layer, draw(name)) for name, layer in built.items()]
+    compiled = way_of(COMPILED, built[OURS], draw(COMPILED))
+    ways.append(replace(compiled, run=with_kernels(compiled.run)))
     ways.append(Way(FLOOR, products.Products(products.mixture(run, tokens, top_k), DTYPES[dtype])))
     settings = {
         "tokens": tokens, "top_k": top_k, "routing": "skewed" if skewed else "balanced", "dtype": dtype,

@@ -3,11 +3,13 @@
 Shapes: T tokens, B batch, C context, D model width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from megamoe import kernels
 from megamoe.config import RunConfig
 from megamoe.config.schema import MoEConfig, RouterConfig
 from megamoe.models.attention import (
@@ -40,6 +42,19 @@ def ds_config(stage: int, dtype: str) -> dict[str, Any]:
 def one_rank() -> World:
     """This process as the only rank of a group, or as one of those that it is started as."""
     return start(read_launch())
+
+
+def with_kernels(work: Callable[..., object]) -> Callable[..., object]:
+    """`work` with the compiled kernels, which nothing else uses."""
+
+    def run(*inputs: Any) -> object:
+        kernels.use(compiled=True)
+        try:
+            return work(*inputs)
+        finally:
+            kernels.use(compiled=False)
+
+    return run
 
 
 class OurLayer(nn.Module):
@@ -89,7 +104,9 @@ class OurAttention(nn.Module):
 
     def forward(self, context_BCD: torch.Tensor) -> torch.Tensor:
         """Attend from the last S positions, [B, S, D]."""
-        inputs = AttentionInputs(self.distances_PD, self.hidden_SC, self.bias_u, self.bias_v)
+        inputs = AttentionInputs(
+            self.distances_PD, self.hidden_SC, self.bias_u, self.bias_v, hides_later_only=True
+        )
         output: torch.Tensor = self.attention(context_BCD, inputs)
         return output
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.side_by_side import products
-from benchmarks.side_by_side.ours import OurTraining, one_rank
+from benchmarks.side_by_side.ours import OurTraining, one_rank, with_kernels
 from benchmarks.side_by_side.peers.published import PublishedTraining
 from benchmarks.side_by_side.sizes import Sizes, Work
 from benchmarks.side_by_side.timing import DTYPES, Case, Turns, Way, clock_of
@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 SECTION = "step"
 PUBLISHED = "published algorithm"
 OURS, HYPER, LINEAR = "ours, {}", "ours, fp32", "ours, fp32, linear router"
+COMPILED = "ours, {}, compiled kernels"
 AGAIN = "ours, fp32, once more"
 """A second engine of the same run: how far apart two ways are that do not differ."""
 FLOOR = "bare products and Adam, {}"
@@ -31,7 +32,7 @@ def draw_tokens(run: RunConfig, way: str, number: int) -> torch.Tensor:
     return torch.randint(run.model.vocab_size, shape, generator=generator(number, way))
 
 
-def way_of(name: str, run: RunConfig, step: Callable[[torch.Tensor], float]) -> Way:
+def way_of(name: str, run: RunConfig, step: Callable[..., object]) -> Way:
     """Steps on tokens that no step has seen."""
     return Way(name, step, lambda number: (draw_tokens(run, name, number),))
 
@@ -61,6 +62,8 @@ def ways_of(work: Work) -> list[Way]:
     for name in DTYPES:
         ours = OurTraining(run, top_k, world, dtype=name)
         ways.append(way_of(OURS.format(name), run, ours.step))
+        compiled = OurTraining(run, top_k, world, dtype=name)
+        ways.append(way_of(COMPILED.format(name), run, with_kernels(compiled.step)))
     for name, other in ((AGAIN, run), (LINEAR, linear)):
         ways.append(way_of(name, run, OurTraining(other, top_k, world).step))
     for name, dtype in DTYPES.items():

@@ -242,6 +242,11 @@ class TrainingConfig:
     activation_checkpointing: bool = option(
         False, "recompute activations in the backward pass; routing is kept, not recomputed"
     )
+    kernels: Literal["torch", "compiled"] = option(
+        "torch",
+        "what does the element-wise work of mixture and attention on a CPU; compiled: faster, C++ that is"
+        " built at the first start (ten seconds); where that fails, torch",
+    )
     spike_factor: float = option(
         0.0, "stop with a diagnosis when a step's loss exceeds this factor of its running mean; 0: off"
     )

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from megamoe.moe.dropout import keep_mask, rescale
+from megamoe import kernels
+from megamoe.moe.dropout import dropped_levels, keep_mask, rescale
 
 # On a CPU the scores of one piece should stay in the cache of a core.
 SCORES_AT_ONCE = {"cpu": 1 << 19}
@@ -173,11 +174,13 @@ class _RelativeAttention(torch.autograd.Function):
             for block, e_GNJ in zip(blocks, kept, strict=True):
                 g_GNW = g_GSW[here, block.queries]
                 d_p_GNJ = _product(g_GNW, v_GCW[here, block.keys].contiguous().mT)
-                kept_GNJ, d_s_GNJ = _softmax_backward(d_p_GNJ, e_GNJ[here], ctx.dropped)
+                padded = _room_for_products(d_p_GNJ, group)
+                shifted_GNJ = _shifted(padded, d_p_GNJ.shape)
+                kept_GNJ, d_s_GNJ = _softmax_backward(d_p_GNJ, e_GNJ[here], ctx.dropped, shifted_GNJ)
                 sums_v_GCW[:, block.keys] += _product(kept_GNJ.mT, g_GNW)
                 sums_k_GCW[:, block.keys] += _product(d_s_GNJ.mT, a_GSW[here, block.queries])
                 d_a_GSW[here, block.queries] = _product(d_s_GNJ, k_GCW[here, block.keys])
-                d_products = _unshift(d_s_GNJ, group)
+                d_products = padded[..., : block.n_keys + 1]
                 b = _rows_together(b_GSW[here, block.queries], group)
                 d_b = _product(d_products, r_APW[group.heads, block.distances])
                 d_b_GSW[here, block.queries] = d_b.view_as(g_GNW)
@@ -211,12 +214,9 @@ def _attend(
         for i, block in enumerate(blocks):
             s_GNJ = _product(a_GSW[here, block.queries], k_GCW[here, block.keys].contiguous().mT)
             b = _rows_together(b_GSW[here, block.queries], group)
-            s_GNJ += _shifted_product(b, r_APW[group.heads, block.distances], s_GNJ.shape)
-            e_GNJ = _softmax(s_GNJ, hidden, group, block, None if kept is None else kept[i][here])
-            if dropped is not None:
-                keys_GN = dropped.keys_ABS.flatten(0, 1)[here, block.queries]
-                keep_GNJ = keep_mask(keys_GN, block.n_keys, dropped.p)
-                e_GNJ = e_GNJ.mul_(keep_GNJ.view(torch.int8).mul_(2).sub_(1)).relu()
+            shifted_GNJ = _shifted_product(b, r_APW[group.heads, block.distances], s_GNJ.shape)
+            out = None if kept is None else kept[i][here]
+            e_GNJ = _softmax_drop(s_GNJ, shifted_GNJ, hidden, dropped, group, block, out)
             context_GSW[here, block.queries] = _product(e_GNJ, v_GCW[here, block.keys])
     if dropped is not None:
         context_GSW.mul_(dropped.gain)
@@ -243,6 +243,30 @@ def _groups(q_ABSW: torch.Tensor, k_ABCW: torch.Tensor, query_block: int) -> Ite
             yield _Group(heads, rows, slice(head * batch + row, (heads.stop - 1) * batch + rows.stop))
 
 
+def _softmax_drop(
+    scores_GNJ: torch.Tensor,
+    shifted_GNJ: torch.Tensor,
+    hidden: Hidden,
+    dropped: DroppedUnits | None,
+    group: _Group,
+    block: _Block,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """max(e, 0) from the two parts of the scores, the first of which may be written to; e itself to `out`."""
+    keys_GN = None if dropped is None else dropped.keys_ABS.flatten(0, 1)[group.matrices, block.queries]
+    p = 0.0 if dropped is None else dropped.p
+    if hidden.later_only and kernels.take(scores_GNJ):
+        keys_GN = None if keys_GN is None else keys_GN.contiguous()
+        torch.ops.megamoe.softmax_drop_(scores_GNJ, shifted_GNJ, keys_GN, dropped_levels(p), out)
+        return scores_GNJ
+    scores_GNJ += shifted_GNJ
+    e_GNJ = _softmax(scores_GNJ, hidden, group, block, out)
+    if keys_GN is None:
+        return e_GNJ
+    keep_GNJ = keep_mask(keys_GN, block.n_keys, p)
+    return e_GNJ.mul_(keep_GNJ.view(torch.int8).mul_(2).sub_(1)).relu()
+
+
 def _softmax(
     scores_GNJ: torch.Tensor, hidden: Hidden, group: _Group, block: _Block, out: torch.Tensor | None
 ) -> torch.Tensor:
@@ -264,14 +288,25 @@ def _softmax(
 
 
 def _softmax_backward(
-    d_p_GNJ: torch.Tensor, e_GNJ: torch.Tensor, dropped: DroppedUnits | None
+    d_p_GNJ: torch.Tensor, e_GNJ: torch.Tensor, dropped: DroppedUnits | None, shifted_GNJ: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """max(e, 0) and ds, from dp as it would be without dropout."""
+    """max(e, 0) and ds, from dp as it would be without dropout, which may be written to.
+
+    ds goes to `shifted_GNJ` too.
+    """
+    if kernels.take(d_p_GNJ):
+        kept_GNJ = e_GNJ if dropped is None else torch.empty_like(e_GNJ)
+        out = None if dropped is None else kept_GNJ
+        torch.ops.megamoe.softmax_drop_backward_(d_p_GNJ, e_GNJ, shifted_GNJ, out)
+        return kept_GNJ, d_p_GNJ
     if dropped is None:
-        return e_GNJ, torch._softmax_backward_data(d_p_GNJ, e_GNJ, -1, e_GNJ.dtype)
-    kept_GNJ = e_GNJ.relu()
-    d_p_GNJ = torch.ops.aten.threshold_backward(d_p_GNJ, kept_GNJ, 0)
-    return kept_GNJ, torch._softmax_backward_data(d_p_GNJ, e_GNJ.abs(), -1, e_GNJ.dtype)
+        kept_GNJ, p_GNJ = e_GNJ, e_GNJ
+    else:
+        kept_GNJ, p_GNJ = e_GNJ.relu(), e_GNJ.abs()
+        d_p_GNJ = torch.ops.aten.threshold_backward(d_p_GNJ, kept_GNJ, 0)
+    d_s_GNJ = torch._softmax_backward_data(d_p_GNJ, p_GNJ, -1, p_GNJ.dtype)
+    shifted_GNJ.copy_(d_s_GNJ)
+    return kept_GNJ, d_s_GNJ
 
 
 def _rows_together(x_GNW: torch.Tensor, group: _Group) -> torch.Tensor:
@@ -294,17 +329,16 @@ def _shifted_product(queries: torch.Tensor, r_APW: torch.Tensor, shape_GNJ: torc
     return _shifted(padded, shape_GNJ)
 
 
-def _unshift(d_scores_GNJ: torch.Tensor, group: _Group) -> torch.Tensor:
-    """Gradients of the plain products, [A, B N, J + 1]: 0 but for those that `_shifted` shows.
+def _room_for_products(scores_GNJ: torch.Tensor, group: _Group) -> torch.Tensor:
+    """Room for gradients of the plain products, [A, B N, L]: what `_shifted` does not show of it is 0.
 
-    What it shows of the next row are gradients of hidden scores, thus 0 as well.
+    What it shows of the next row must be 0 as well, as gradients of hidden scores are.
     """
-    n_matrices, n_queries, n_keys = d_scores_GNJ.shape
+    n_matrices, n_queries, n_keys = scores_GNJ.shape
     n_rows = n_matrices // group.n_heads * n_queries
-    padded = d_scores_GNJ.new_empty(group.n_heads, n_rows, _padded(n_keys + 1))
+    padded = scores_GNJ.new_empty(group.n_heads, n_rows, _padded(n_keys + 1))
     padded[..., :n_queries] = 0
-    _shifted(padded, d_scores_GNJ.shape).copy_(d_scores_GNJ)
-    return padded[..., : n_keys + 1]
+    return padded
 
 
 def _shifted(padded: torch.Tensor, shape_GNJ: torch.Size) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from megamoe import kernels
 from megamoe.moe.randomness import at_site, draw
 
 LANES = 4
@@ -22,6 +23,9 @@ def dropped_levels(p: float) -> int:
 
 def keep_mask(keys: torch.Tensor, width: int, p: float) -> torch.Tensor:
     """bool [..., width] for keys [...]: False with probability `dropped_levels(p)` / 65536, independently."""
+    if kernels.take(keys):
+        keep_NU = torch.ops.megamoe.keep_mask(keys.contiguous(), width, dropped_levels(p))
+        return keep_NU.view(*keys.shape, width)
     n_words = -(-width // LANES)
     words_W = torch.arange(n_words, device=keys.device)
     keys_N1 = keys.reshape(-1, 1)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from megamoe.moe.dropout import Dropout, drop_, keep_mask, rescale
+from megamoe import kernels
+from megamoe.moe.dropout import Dropout, drop_, dropped_levels, keep_mask, rescale
 from megamoe.moe.randomness import at_site
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -88,13 +89,12 @@ class _Mixture(torch.autograd.Function):
         hiddens = []
         for one in _each(choices, x_ND):
             w_in, b_in, w_out, b_out = (stack[one.expert] for stack in stacks)
-            hidden_nF = torch.addmm(b_in, one.take(x_ND), w_in.t()).relu_()
-            if choices.keys_P is not None:
-                keys_n = at_site(choices.keys_P[one.where], dropout.site)
-                keep_nF = keep_mask(keys_n, hidden_nF.shape[1], dropout.p)
-                drop_(hidden_nF[: one.count], keep_nF, dropout.p)
-            out_nD = torch.addmm(b_out, hidden_nF, w_out.t())[: one.count].to(y_ND.dtype)
-            one.add_(y_ND, out_nD.mul_(weights_P[one.where, None]))
+            hidden_nF = torch.addmm(b_in, one.take(x_ND), w_in.t())
+            if choices.keys_P is None:
+                hidden_nF.relu_()
+            else:
+                _relu_drop_(hidden_nF, at_site(choices.keys_P[one.where], dropout.site), dropout.p)
+            one.add_(y_ND, torch.addmm(b_out, hidden_nF, w_out.t()), weights_P[one.where].to(y_ND.dtype))
             hiddens.append(hidden_nF)
         ctx.save_for_backward(x_ND, weights_P, *stacks, *hiddens)
         ctx.choices, ctx.rescale = choices, 1.0 if choices.keys_P is None else rescale(dropout.p)
@@ -111,20 +111,18 @@ class _Mixture(torch.autograd.Function):
         # Of all experts at once: a product of one matrix and one vector is slow in 16 bits.
         bias_NE = dy_ND.to(dx_ND.dtype) @ b_out.to(dx_ND.dtype).t()
         for one, hidden_nF in zip(_each(choices, x_ND), hiddens, strict=True):
-            e, count = one.expert, one.count
+            e = one.expert
             dy_nD = one.take(dy_ND)
             dhidden_nF = dy_nD @ w_out[e]
-            dots_n = (dhidden_nF[:count] * hidden_nF[:count]).sum(-1, dtype=dx_ND.dtype)
+            weight_n = weights_P[one.where].to(dx_ND.dtype)
+            dhidden_nF, dots_n = _hidden_backward(dhidden_nF, hidden_nF, weight_n, ctx.rescale)
             dweights_P[one.where] = dots_n + bias_NE[:, e].index_select(0, one.token_n)
-            weight_n1 = _fill_up(weights_P[one.where, None], len(dy_nD)).to(dx_ND.dtype)
-            dy_nD = dy_nD * weight_n1.to(dy_nD.dtype)
+            dy_nD = dy_nD * _fill_up(weight_n[:, None], len(dy_nD)).to(dy_nD.dtype)
             torch.mm(dy_nD.t(), hidden_nF, out=dw_out[e])
             torch.sum(dy_nD, 0, out=db_out[e])
-            dhidden_nF.mul_((weight_n1 * ctx.rescale).to(dhidden_nF.dtype))
-            dhidden_nF = torch.ops.aten.threshold_backward(dhidden_nF, hidden_nF, 0)
             torch.mm(dhidden_nF.t(), one.take(x_ND), out=dw_in[e])
             torch.sum(dhidden_nF, 0, out=db_in[e])
-            one.add_(dx_ND, (dhidden_nF @ w_in[e])[:count].to(dx_ND.dtype))
+            one.add_(dx_ND, dhidden_nF @ w_in[e])
         return dx_ND.to(x_ND.dtype), dweights_P, dw_in, db_in, dw_out, db_out, None, None
 
 
@@ -158,12 +156,43 @@ class _One:
         rows_nD[self.count :].zero_()
         return rows_nD
 
-    def add_(self, values_ND: torch.Tensor, rows_nD: torch.Tensor) -> None:
-        """Add the rows to their tokens'."""
+    def add_(
+        self, values_ND: torch.Tensor, rows_nD: torch.Tensor, weight_n: torch.Tensor | None = None
+    ) -> None:
+        """Add the rows, times their weights if given, to their tokens'; those from `count` on are padding."""
+        if kernels.take(values_ND) and kernels.take(rows_nD):
+            torch.ops.megamoe.add_weighted_rows_(values_ND, self.token_n, rows_nD, weight_n)
+            return
+        rows_nD = rows_nD[: self.count].to(values_ND.dtype)
+        if weight_n is not None:
+            rows_nD.mul_(weight_n[:, None])
         if self.all_tokens:
             values_ND.add_(rows_nD)
         else:
             values_ND.index_add_(0, self.token_n, rows_nD)
+
+
+def _relu_drop_(x_nF: torch.Tensor, keys_n: torch.Tensor, p: float) -> None:
+    """ReLU and dropout in place; rows without keys are padding."""
+    if kernels.take(x_nF):
+        torch.ops.megamoe.relu_drop_(x_nF, keys_n, dropped_levels(p), rescale(p))
+        return
+    drop_(x_nF.relu_()[: len(keys_n)], keep_mask(keys_n, x_nF.shape[1], p), p)
+
+
+def _hidden_backward(
+    d_nF: torch.Tensor, hidden_nF: torch.Tensor, weight_n: torch.Tensor, gain: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients before dropout and ReLU, from u as the head of this file calls it; and u_p . h_p.
+
+    Rows without weights are padding. `d_nF` may be written to.
+    """
+    if kernels.take(d_nF):
+        return d_nF, torch.ops.megamoe.hidden_backward_(d_nF, hidden_nF, weight_n, gain)
+    count = len(weight_n)
+    dots_n = (d_nF[:count] * hidden_nF[:count]).sum(-1, dtype=weight_n.dtype)
+    d_nF.mul_((_fill_up(weight_n[:, None], len(d_nF)) * gain).to(d_nF.dtype))
+    return torch.ops.aten.threshold_backward(d_nF, hidden_nF, 0), dots_n
 
 
 def _each(choices: Choices, x_ND: torch.Tensor) -> Iterator[_One]:

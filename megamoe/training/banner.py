@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from torch import nn
 
+from megamoe import kernels
 from megamoe.moe.routers import router_class
 from megamoe.parallel.placement import global_shapes, saved_buffers
 from megamoe.training.evaluation import NO_EXPERTS, evaluation_span, top_ks_to_score
@@ -92,7 +93,10 @@ def model_rows(trainer: "Trainer") -> dict[str, str]:
         "parameters": _parameter_row(trainer),
         "routing": _routing_row(trainer),
         "layout": _layout_row(trainer),
-        "precision": f"{str(layout.dtype).removeprefix('torch.')}, ZeRO stage {layout.zero_stage}",
+        "precision": (
+            f"{str(layout.dtype).removeprefix('torch.')}, ZeRO stage {layout.zero_stage}"
+            + (", compiled kernels" if kernels.in_use() else "")
+        ),
     }
 
 

@@ -1,6 +1,7 @@
 """From a config to a finished run: everything is checked, then the run folder is made, then it trains."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from megamoe import kernels
 from megamoe.checkpoint.folder import clear_leftovers
 from megamoe.checkpoint.format import step_folders
 from megamoe.checkpoint.matching import require_same_options
@@ -40,6 +42,8 @@ from megamoe.training.evaluation import (
 from megamoe.training.lock import RunLock
 from megamoe.training.run_folder import RunFolder, write_json
 from megamoe.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Text: TypeAlias = Corpus | SentenceSet
@@ -113,6 +117,7 @@ def _set_up(
     reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, text, trainer_class))
     if _is_finished(reader, run, folder, world):
         return None
+    choose_kernels(run, world)
     trainer = trainer_class(run, ds_config, world, text, folder, callbacks)
     if reader is not None:
         trainer.resume(reader)
@@ -322,6 +327,14 @@ def _is_finished(reader: CheckpointReader | None, run: RunConfig, folder: RunFol
             " training.max_steps goes on, megamoe evaluate scores again"
         )
     return finished
+
+
+def choose_kernels(run: RunConfig, world: World) -> None:
+    """Those of the run; where they cannot be built it goes on without: a run may move to another machine."""
+    try:
+        kernels.use(compiled=run.training.kernels == "compiled" and world.device.type == "cpu")
+    except ConfigError as error:
+        logger.warning("%s; this rank goes on with torch", error)
 
 
 def _rehearse(trainer: Trainer) -> None:

@@ -116,7 +116,7 @@ def test_bare_products_have_the_work_of_a_step() -> None:
 
 def test_goals_are_about_what_is_measured() -> None:
     names = [goal.name for goal in goals(FULL)]
-    assert len(set(names)) == len(names) == 18
+    assert len(set(names)) == len(names) == 19
 
 
 def in_this_process(function: Callable[..., Any], n_ranks: int, *args: Any, timeout: float) -> list[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megamoe import kernels
 from megamoe.checkpoint.format import step_folder
 from megamoe.config import RunConfig, from_dict
 from megamoe.config.load import merge, parse_overrides
@@ -38,7 +39,7 @@ from megamoe.training.heartbeat import Heartbeat, Watch
 from megamoe.training.learning_rate import Plateau, learning_rate
 from megamoe.training.metrics_file import read_metrics
 from megamoe.training.run_folder import RunFolder
-from megamoe.training.session import find_checkpoint, with_vocabulary
+from megamoe.training.session import choose_kernels, find_checkpoint, with_vocabulary
 from megamoe.training.trainer import Trainer
 from tests.data import goldens
 from tests.ranks import run_ranks
@@ -161,6 +162,13 @@ def guarded(run: RunConfig) -> Any:
         except DivergenceError:
             return step
     return None
+
+
+def compiled(run: RunConfig) -> Any:
+    choose_kernels(run, ALONE)
+    found = kernels.in_use()
+    kernels.use(compiled=False)
+    return found
 
 
 def watched(run: RunConfig) -> Any:
@@ -291,6 +299,7 @@ PROBES: list[tuple[str, str, Callable[[RunConfig], Any], str]] = [
     ("training.seed", "1", numbers, ""),
     ("training.grad_clip", "1", deepspeed, ""),
     ("training.activation_checkpointing", "true", recomputes, ""),
+    ("training.kernels", "compiled", compiled, ""),
     ("training.spike_factor", "3", guarded, ""),
     ("training.max_skipped_steps", "5", guarded, ""),
     ("training.hang_timeout", "60", watched, ""),
