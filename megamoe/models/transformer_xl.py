@@ -155,9 +155,8 @@ class Backbone(nn.Module):
             keys_BS: from `token_keys`.
             padding_BC: True where a position of memory or segment is padding: it sees nothing, nothing
                 sees it, and it goes to no expert. None where there is none.
-            domains_B2: see `TransformerXL.forward`.
+            domains_B2, trunk: see `TransformerXL.forward`.
             n_routes: so many equal parts of the rows are the same text, to be routed differently.
-            trunk: see `TransformerXL.forward`.
         """
         shares_trunk = not (self.training or torch.is_grad_enabled())
         assert trunk is None or shares_trunk, "a trunk is for evaluation without gradient"
@@ -171,6 +170,7 @@ class Backbone(nn.Module):
         )
         new_memory = list(trunk.memory)
         routings: list[Routing] = []
+        # The experts of a trunk's last layer are yet to come.
         for i in range(max(0, len(new_memory) - 1), len(self.layers)):
             layer: Any = self.layers[i]
             if i == len(new_memory):
@@ -302,7 +302,7 @@ class TransformerXL(Backbone):
         if self.n_routes > 1 and targets_BS is not None and keys_BS is not None:
             return self._read_by_routes(
                 input_ids_BS, targets_BS, memory, keys_BS, return_logits=return_logits,
-                top_k=top_k, step=step, span=span, domains_B2=domains_B2,
+                top_k=top_k, step=step, span=span, domains_B2=domains_B2, trunk=trunk,
             )  # fmt: skip
         hidden_BSD, memory, routings, trunk = self.read(
             input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS,
