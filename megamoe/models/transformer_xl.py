@@ -36,9 +36,6 @@ from megamoe.moe.routing import Router, RouterContext, Routing
 class Trunk:
     """What reading a segment comes to before the number of experts matters.
 
-    No tuple, in which DeepSpeed's hooks would look for tensors: `inputs` holds parameters themselves, which
-    are gathered anew for each forward pass at ZeRO stage 3.
-
     Attributes:
         x_BSD: after the attention of the first mixture layer; the embedding if there are no such layers.
         memory: for the next segment, inputs of the layers whose attention is done [B, M, D].
@@ -59,7 +56,8 @@ class ModelOutput(NamedTuple):
         hidden_BSD: what the output layer reads.
         memory: for the next segment, L inputs of layers [B, M, D], without gradient.
         routings: one per mixture layer, from below.
-        trunk: what reading the same segment with another k can start from; in evaluation without gradient.
+        trunk: what reading the same segment with another k can start from, in evaluation without gradient;
+            None elsewhere.
     """
 
     loss_BS: torch.Tensor | None
@@ -89,6 +87,9 @@ class Backbone(nn.Module):
         build_moe_layer: called as `MoELayer` is; parallel runs give their own.
         ranks: see `RouterContext`.
 
+    Attributes:
+        shares_trunk: whether evaluation returns a `Trunk`. If not, all forward passes call the same modules.
+
     Raises:
         ConfigError: the vocabulary is unknown or a setting does not fit the others.
     """
@@ -108,6 +109,7 @@ class Backbone(nn.Module):
         self.seed = seed
         self.span = AttentionSpan(model.memory_len, model.same_length, model.clamp_len)
         self.ranks = ranks
+        self.shares_trunk = True
         mixtures: dict[int, MoELayer] = {}
         below: Router | None = None
         for i in moe.layer_indices(model.n_layers):
@@ -158,7 +160,7 @@ class Backbone(nn.Module):
             domains_B2, trunk: see `TransformerXL.forward`.
             n_routes: so many equal parts of the rows are the same text, to be routed differently.
         """
-        shares_trunk = not (self.training or torch.is_grad_enabled())
+        shares_trunk = self.shares_trunk and not (self.training or torch.is_grad_enabled())
         assert trunk is None or shares_trunk, "a trunk is for evaluation without gradient"
         span = span or self.span
         if trunk is None:

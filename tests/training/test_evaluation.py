@@ -73,12 +73,21 @@ def evaluate_layouts_and_policies(folder: str) -> dict[str, tuple[dict[int, floa
     return result
 
 
-def evaluate_partitioned(folder: str, world: World) -> tuple[dict[int, float], dict[int, float]]:
-    """Both ways at ZeRO stage 3, where hooks gather the parameters of each forward pass."""
+def evaluate_partitioned(
+    folder: str, world: World
+) -> tuple[tuple[dict[int, float], dict[int, float]], Counter[str]]:
+    """Both ways at ZeRO stage 3, and how often the lowest and the highest part were called."""
     run = toy_run(Path(folder), model={"n_layers": 3}, moe={"layers": "1,2", "ep_size": 1})
     engine = build_trainer(run, PARTITIONED, world, []).engine
     engine.eval()
-    return in_one_pass_and_separately(engine.forward, run, world)
+    calls = Counter[str]()
+    for part in (BELOW[0], ABOVE[-2]):
+        count_calls_of(engine.model, part, calls)
+    return in_one_pass_and_separately(engine.forward, run, world), calls
+
+
+def count_calls_of(model: torch.nn.Module, part: str, calls: Counter[str]) -> None:
+    model.get_submodule(part).register_forward_hook(lambda *_: calls.update([part]))
 
 
 def evaluate_everywhere(folder: str) -> dict[str, Any]:
@@ -89,6 +98,7 @@ def evaluate_everywhere(folder: str) -> dict[str, Any]:
     trainer.engine.eval()
     sharded = evaluate(trainer.engine.forward, corpus, "valid", TOP_KS, run, world)
     by_engine = in_one_pass_and_separately(trainer.engine.forward, run, world)
+    by_partitioned, calls = evaluate_partitioned(f"{folder}-partitioned", world)
     trainer.save([trainer.folder.best])
     trainer.wait_for_save()
     whole = load_model(trainer.folder.best)
@@ -96,7 +106,8 @@ def evaluate_everywhere(folder: str) -> dict[str, Any]:
         "sharded": sharded,
         "whole": evaluate(whole, corpus, "valid", TOP_KS, run, world),
         "one segment": evaluate(whole, corpus, "valid", TOP_KS, run, world, max_tokens=20),
-        "both ways": [by_engine, evaluate_partitioned(f"{folder}-partitioned", world)],
+        "both ways": [by_engine, by_partitioned],
+        "calls at stage 3": calls,
     }
 
 
@@ -160,6 +171,13 @@ def test_one_pass_on_several_ranks_gives_the_figures_of_a_pass_for_each_k(by_ran
                 assert len(set(one_pass.values())) == len(TOP_KS)
 
 
+def test_at_stage_3_every_forward_pass_calls_the_same_modules(by_ranks):
+    for ranks in by_ranks.values():
+        for rank in ranks:
+            calls = rank["calls at stage 3"]
+            assert calls[BELOW[0]] == calls[ABOVE[-2]] > 0
+
+
 def test_one_pass_gives_the_figures_of_a_pass_for_each_k(tmp_path):
     (found,) = run_ranks(evaluate_layouts_and_policies, 1, str(tmp_path))
     assert {name for name, (one_pass, separate) in found.items() if one_pass != separate} == set()
@@ -182,7 +200,7 @@ def count_calls(folder: str) -> dict[str, int]:
     run = toy_run(Path(folder), model=sizes, moe={"layers": "1,2"})
     model = model_of(run).eval()
     for part in BELOW + ABOVE[:-1]:
-        model.get_submodule(part).register_forward_hook(lambda *_, part=part: calls.update([part]))
+        count_calls_of(model, part, calls)
     evaluate(
         model, toy_corpus(), "valid", TOP_KS, run, world, after_segment=lambda: calls.update([ABOVE[-1]])
     )
