@@ -22,6 +22,8 @@ from megamoe.moe.routing import RouterContext, Routing
 class Block(nn.Module):
     """Two sublayers f, each y = LayerNorm(x + Dropout(f(x))), or x + Dropout(f(LayerNorm(x))) if pre-norm.
 
+    The model calls them one by one: the number of experts matters to the second alone.
+
     Args:
         model: sizes, dropout and the place of the norm.
         layer: 0-based index in the model, by which dropout is drawn.
@@ -56,38 +58,42 @@ class Block(nn.Module):
         self.feed_forward_dropout = dropout(model.dropout, "feed_forward")
         self.feed_forward_norm = nn.LayerNorm(model.d_model)
 
-    def forward(
-        self,
-        x_BSD: torch.Tensor,
-        memory_BMD: torch.Tensor,
-        inputs: AttentionInputs,
-        context: RouterContext,
-        real_N: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Routing | None]:
-        """Apply the layer.
+    def attend(self, x_BSD: torch.Tensor, memory_BMD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        """Apply the first sublayer.
 
         Args:
             x_BSD: output of the layer below.
             memory_BMD: the layer's inputs in earlier segments.
             inputs: what the attention of all layers shares.
+
+        Returns:
+            [B, S, D].
+        """
+        return self._recomputed(self._attend, x_BSD, memory_BMD, inputs)
+
+    def apply_feed_forward(
+        self,
+        x_BSD: torch.Tensor,
+        keys_BS: torch.Tensor | None,
+        context: RouterContext,
+        real_N: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """Apply the second sublayer.
+
+        Args:
+            x_BSD: what `attend` returns.
+            keys_BS: keys of the tokens, for dropout; None in evaluation.
             context: what the router may look at; of the real tokens alone.
             real_N: places in B * S of the tokens that are no padding, which alone go to experts; None: all.
 
         Returns:
             [B, S, D], and the mixture layer's decision if the layer has one.
         """
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        if recompute:
-            x_BSD = _recomputed(self._attend, x_BSD, memory_BMD, inputs)
-        else:
-            x_BSD = self._attend(x_BSD, memory_BMD, inputs)
-        if self.moe is not None:
-            y_BSD, routing = self._mix(self._before(self.feed_forward_norm, x_BSD), context, real_N)
-            y_BSD = self.feed_forward_dropout(y_BSD, inputs.keys_BS)
-            return self._after(self.feed_forward_norm, x_BSD, y_BSD), routing
-        if recompute:
-            return _recomputed(self._feed_forward, x_BSD, inputs.keys_BS), None
-        return self._feed_forward(x_BSD, inputs.keys_BS), None
+        if self.moe is None:
+            return self._recomputed(self._feed_forward, x_BSD, keys_BS), None
+        y_BSD, routing = self._mix(self._before(self.feed_forward_norm, x_BSD), context, real_N)
+        y_BSD = self.feed_forward_dropout(y_BSD, keys_BS)
+        return self._after(self.feed_forward_norm, x_BSD, y_BSD), routing
 
     def _attend(self, x_BSD: torch.Tensor, memory_BMD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         context_BCD = self._before(self.attention_norm, torch.cat([memory_BMD, x_BSD], dim=1))
@@ -119,8 +125,9 @@ class Block(nn.Module):
     def _after(self, norm: nn.LayerNorm, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y if self.pre_norm else norm(x + y)
 
-
-def _recomputed(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-    """Dropout needs no random state to be the same again."""
-    result: torch.Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return result
+    def _recomputed(self, function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            # Dropout needs no random state to be the same again.
+            kept: Any = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return kept
+        return function(*inputs)

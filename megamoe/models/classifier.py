@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from megamoe.config.schema import ModelConfig, MoEConfig
 from megamoe.models.attention import AttentionSpan
 from megamoe.models.initialization import initialize
-from megamoe.models.transformer_xl import Backbone
+from megamoe.models.transformer_xl import Backbone, Trunk
 from megamoe.moe.dropout import Dropout
 from megamoe.moe.rooms import room
 from megamoe.moe.routing import Routing
@@ -34,6 +34,7 @@ class ClassifierOutput(NamedTuple):
         memory: for the next batch, L inputs of layers [B, M, D], without gradient.
         memory_padding_BM: True where a position of the memory is padding.
         routings: one per mixture layer, from below, of the tokens that are no padding.
+        trunk: see `ModelOutput`.
     """
 
     loss_B: torch.Tensor | None
@@ -41,6 +42,7 @@ class ClassifierOutput(NamedTuple):
     memory: tuple[torch.Tensor, ...]
     memory_padding_BM: torch.Tensor
     routings: tuple[Routing, ...]
+    trunk: Trunk | None = None
 
 
 class Head(nn.Module):
@@ -94,6 +96,7 @@ class Classifier(Backbone):
         step: int = 0,
         rows: range | None = None,
         span: AttentionSpan | None = None,
+        trunk: Trunk | None = None,
     ) -> ClassifierOutput:
         """Read one batch of sentences.
 
@@ -107,17 +110,20 @@ class Classifier(Backbone):
             step: optimizer steps done, for dropout and policies that change with it.
             rows: rows of the global batch that these B are, for dropout; None means the first ones.
             span: how far back attention reaches; None means as in training.
+            trunk: what a call with another k returned, for the same batch and memory of the layers in it;
+                None reads from the embedding on.
         """
         span = span or self.span
         padding_BC = padding_BS
         if memory is not None and memory_padding_BM is not None:
             padding_BC = torch.cat([memory_padding_BM, padding_BS], dim=1)
         keys_BS = self.token_keys(input_ids_BS, step, rows)
-        hidden_BSD, memory, routings = self.read(
-            input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS, padding_BC=padding_BC
-        )
+        hidden_BSD, memory, routings, trunk = self.read(
+            input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS,
+            padding_BC=padding_BC, trunk=trunk,
+        )  # fmt: skip
         with room("loss"):
             logits_BC = self.head(hidden_BSD[:, -1], None if keys_BS is None else keys_BS[:, -1]).float()
             loss_B = None if labels_B is None else cross_entropy(logits_BC, labels_B, reduction="none")
         kept = padding_BC.shape[1] - memory[0].shape[1]
-        return ClassifierOutput(loss_B, logits_BC, memory, padding_BC[:, kept:], routings)
+        return ClassifierOutput(loss_B, logits_BC, memory, padding_BC[:, kept:], routings, trunk)

@@ -4,7 +4,7 @@ Shapes: B batch, S segment, M memory, D model width, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,21 @@ from megamoe.moe.routers import resolve_options, router_class
 from megamoe.moe.routing import Router, RouterContext, Routing
 
 
+@dataclass(frozen=True)
+class Trunk:
+    """What reading a segment comes to before the number of experts matters.
+
+    Attributes:
+        x_BSD: after the attention of the first mixture layer; the embedding if there are no such layers.
+        memory: for the next segment, inputs of the layers whose attention is done [B, M, D].
+        inputs: what the attention of all layers shares.
+    """
+
+    x_BSD: torch.Tensor
+    memory: tuple[torch.Tensor, ...]
+    inputs: AttentionInputs
+
+
 class ModelOutput(NamedTuple):
     """What one segment gives. A tuple, because DeepSpeed's hooks look for tensors in tuples.
 
@@ -41,6 +56,8 @@ class ModelOutput(NamedTuple):
         hidden_BSD: what the output layer reads.
         memory: for the next segment, L inputs of layers [B, M, D], without gradient.
         routings: one per mixture layer, from below.
+        trunk: what reading the same segment with another k can start from, in evaluation without gradient;
+            None elsewhere.
     """
 
     loss_BS: torch.Tensor | None
@@ -48,6 +65,7 @@ class ModelOutput(NamedTuple):
     hidden_BSD: torch.Tensor
     memory: tuple[torch.Tensor, ...]
     routings: tuple[Routing, ...]
+    trunk: Trunk | None = None
 
 
 class Hidden(NamedTuple):
@@ -56,6 +74,7 @@ class Hidden(NamedTuple):
     hidden_BSD: torch.Tensor
     memory: tuple[torch.Tensor, ...]
     routings: tuple[Routing, ...]
+    trunk: Trunk | None
 
 
 class Backbone(nn.Module):
@@ -67,6 +86,9 @@ class Backbone(nn.Module):
         seed: the run's seed.
         build_moe_layer: called as `MoELayer` is; parallel runs give their own.
         ranks: see `RouterContext`.
+
+    Attributes:
+        shares_trunk: whether evaluation returns a `Trunk`. If not, all forward passes call the same modules.
 
     Raises:
         ConfigError: the vocabulary is unknown or a setting does not fit the others.
@@ -87,6 +109,7 @@ class Backbone(nn.Module):
         self.seed = seed
         self.span = AttentionSpan(model.memory_len, model.same_length, model.clamp_len)
         self.ranks = ranks
+        self.shares_trunk = True
         mixtures: dict[int, MoELayer] = {}
         below: Router | None = None
         for i in moe.layer_indices(model.n_layers):
@@ -126,6 +149,7 @@ class Backbone(nn.Module):
         padding_BC: torch.Tensor | None = None,
         domains_B2: torch.Tensor | None = None,
         n_routes: int = 1,
+        trunk: Trunk | None = None,
     ) -> Hidden:
         """Read one segment; see `TransformerXL.forward`.
 
@@ -133,13 +157,56 @@ class Backbone(nn.Module):
             keys_BS: from `token_keys`.
             padding_BC: True where a position of memory or segment is padding: it sees nothing, nothing
                 sees it, and it goes to no expert. None where there is none.
-            domains_B2: see `TransformerXL.forward`.
+            domains_B2, trunk: see `TransformerXL.forward`.
             n_routes: so many equal parts of the rows are the same text, to be routed differently.
         """
+        shares_trunk = self.shares_trunk and not (self.training or torch.is_grad_enabled())
+        assert trunk is None or shares_trunk, "a trunk is for evaluation without gradient"
         span = span or self.span
-        x_BSD = self.embedding_dropout(self.embedding(input_ids_BS), keys_BS)
+        if trunk is None:
+            trunk = self._embed(input_ids_BS, memory, span, step, keys_BS, padding_BC)
+        x_BSD = trunk.x_BSD
         memory = memory or (x_BSD[:, :0].detach(),) * len(self.layers)
-        inputs = self._attention_inputs(x_BSD, memory[0], span, step, keys_BS, padding_BC)
+        context, real_N = self._router_context(
+            input_ids_BS, top_k, step, keys_BS, padding_BC, domains_B2, n_routes
+        )
+        new_memory = list(trunk.memory)
+        routings: list[Routing] = []
+        # The experts of a trunk's last layer are yet to come.
+        for i in range(max(0, len(new_memory) - 1), len(self.layers)):
+            layer: Any = self.layers[i]
+            if i == len(new_memory):
+                new_memory.append(_extend(memory[i], x_BSD, span.memory_len))
+                x_BSD = layer.attend(x_BSD, memory[i], trunk.inputs)
+            if layer.moe is not None and not routings:
+                trunk = Trunk(x_BSD, tuple(new_memory), trunk.inputs)
+            x_BSD, routing = layer.apply_feed_forward(x_BSD, keys_BS, context, real_N)
+            if routing is not None:
+                routings.append(routing)
+                context = replace(context, previous=routing)
+        hidden_BSD = self.output_dropout(x_BSD, keys_BS)
+        return Hidden(hidden_BSD, tuple(new_memory), tuple(routings), trunk if shares_trunk else None)
+
+    def token_keys(self, input_ids_BS: torch.Tensor, step: int, rows: range | None) -> torch.Tensor | None:
+        """Keys [B, S] by which the tokens draw dropout; None in evaluation. See `TransformerXL.forward`."""
+        if not self.training:
+            return None
+        batch_size, segment_len = input_ids_BS.shape
+        rows = range(batch_size) if rows is None else rows
+        assert len(rows) == batch_size, f"{rows} for a batch of {batch_size}"
+        return token_keys(self.seed, step, rows, segment_len, input_ids_BS.device)
+
+    def _router_context(
+        self,
+        input_ids_BS: torch.Tensor,
+        top_k: int | None,
+        step: int,
+        keys_BS: torch.Tensor | None,
+        padding_BC: torch.Tensor | None,
+        domains_B2: torch.Tensor | None,
+        n_routes: int,
+    ) -> tuple[RouterContext, torch.Tensor | None]:
+        """What routers may look at, and the places of the tokens that are no padding; None: all."""
         token_ids_T, real_N = input_ids_BS.flatten(), None
         sequences_B = torch.arange(len(input_ids_BS), device=input_ids_BS.device)
         sequence_T = sequences_B.repeat_interleave(input_ids_BS.shape[1])
@@ -159,35 +226,21 @@ class Backbone(nn.Module):
             route_T=sequence_T // (len(input_ids_BS) // n_routes) if n_routes > 1 else None,
             ranks=self.ranks,
         )
-        new_memory, routings = [], []
-        for layer, memory_BMD in zip(self.layers, memory, strict=True):
-            new_memory.append(_extend(memory_BMD, x_BSD, span.memory_len))
-            x_BSD, routing = layer(x_BSD, memory_BMD, inputs, context, real_N)
-            if routing is not None:
-                routings.append(routing)
-                context = replace(context, previous=routing)
-        return Hidden(self.output_dropout(x_BSD, keys_BS), tuple(new_memory), tuple(routings))
+        return context, real_N
 
-    def token_keys(self, input_ids_BS: torch.Tensor, step: int, rows: range | None) -> torch.Tensor | None:
-        """Keys [B, S] by which the tokens draw dropout; None in evaluation. See `TransformerXL.forward`."""
-        if not self.training:
-            return None
-        batch_size, segment_len = input_ids_BS.shape
-        rows = range(batch_size) if rows is None else rows
-        assert len(rows) == batch_size, f"{rows} for a batch of {batch_size}"
-        return token_keys(self.seed, step, rows, segment_len, input_ids_BS.device)
-
-    def _attention_inputs(
+    def _embed(
         self,
-        x_BSD: torch.Tensor,
-        memory_BMD: torch.Tensor,
+        input_ids_BS: torch.Tensor,
+        memory: tuple[torch.Tensor, ...] | None,
         span: AttentionSpan,
         step: int,
         keys_BS: torch.Tensor | None,
         padding_BC: torch.Tensor | None,
-    ) -> AttentionInputs:
+    ) -> Trunk:
+        """A trunk of no layers: embeddings, and what attention needs."""
+        x_BSD = self.embedding_dropout(self.embedding(input_ids_BS), keys_BS)
         segment_len = x_BSD.shape[1]
-        context_len = memory_BMD.shape[1] + segment_len
+        context_len = segment_len + (memory[0].shape[1] if memory else 0)
         distances_PD = encode_distances(context_len, x_BSD.shape[2], span.clamp_len, like=x_BSD)
         hidden_SC = hide_keys(segment_len, context_len, span, x_BSD.device)
         if padding_BC is not None:
@@ -195,10 +248,11 @@ class Backbone(nn.Module):
         if self.position_dropout.active:
             distances_P = torch.arange(context_len, -1, -1, device=x_BSD.device)
             distances_PD = self.position_dropout(distances_PD, position_keys(self.seed, step, distances_P))
-        return AttentionInputs(
+        inputs = AttentionInputs(
             distances_PD, hidden_SC, self.attention_bias_u, self.attention_bias_v, keys_BS,
             hides_later_only=padding_BC is None and not span.same_length,
         )  # fmt: skip
+        return Trunk(x_BSD, (), inputs)
 
 
 class TransformerXL(Backbone):
@@ -228,6 +282,7 @@ class TransformerXL(Backbone):
         span: AttentionSpan | None = None,
         domains_B2: torch.Tensor | None = None,
         return_logits: bool = False,
+        trunk: Trunk | None = None,
     ) -> ModelOutput:
         """Read one segment.
 
@@ -242,18 +297,21 @@ class TransformerXL(Backbone):
             domains_B2: source and target domain of each row, 0 where unknown, for policies that look at
                 domains; None where the data have none.
             return_logits: also score the whole vocabulary.
+            trunk: what a call with another k returned, for the same segment and memory of the layers in it;
+                None reads from the embedding on.
         """
         keys_BS = self.token_keys(input_ids_BS, step, rows)
         if self.n_routes > 1 and targets_BS is not None and keys_BS is not None:
             return self._read_by_routes(
                 input_ids_BS, targets_BS, memory, keys_BS, return_logits=return_logits,
-                top_k=top_k, step=step, span=span, domains_B2=domains_B2,
+                top_k=top_k, step=step, span=span, domains_B2=domains_B2, trunk=trunk,
             )  # fmt: skip
-        hidden_BSD, memory, routings = self.read(
-            input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS, domains_B2=domains_B2
-        )
+        hidden_BSD, memory, routings, trunk = self.read(
+            input_ids_BS, memory, top_k=top_k, step=step, span=span, keys_BS=keys_BS,
+            domains_B2=domains_B2, trunk=trunk,
+        )  # fmt: skip
         loss_BS, logits_BSV = self._score(hidden_BSD, targets_BS, return_logits)
-        return ModelOutput(loss_BS, logits_BSV, hidden_BSD, memory, routings)
+        return ModelOutput(loss_BS, logits_BSV, hidden_BSD, memory, routings, trunk)
 
     def _read_by_routes(
         self,
@@ -272,7 +330,7 @@ class TransformerXL(Backbone):
         one after the other in [B, R * M, D].
         """
         n_routes, n_rows = self.n_routes, len(input_ids_BS)
-        hidden_NSD, memory, routings = self.read(
+        hidden_NSD, memory, routings, _ = self.read(
             repeat_rows(input_ids_BS, n_routes),
             memory and tuple(torch.cat(memory_BMD.chunk(n_routes, 1)) for memory_BMD in memory),
             keys_BS=repeat_keys(keys_BS, n_routes), n_routes=n_routes,

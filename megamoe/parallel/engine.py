@@ -73,6 +73,8 @@ class Engine:
             # A module's parameters are gathered again when gradients reach the tensors it returned. A
             # router returns a `Routing`, so the mixture layer, which returns a tuple, stands for it.
             set_z3_leaf_modules(model, [MoELayer], raise_if_not_found=False)
+            # Parameters are fetched ahead in the order of the pass before, if that is the same.
+            model.shares_trunk = False
         optimizer = build_optimizer(
             parameter_groups(model, run.optimizer.weight_decay), run.optimizer, ds_config, Device.detect()
         )

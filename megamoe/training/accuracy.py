@@ -11,6 +11,7 @@ import torch
 from megamoe.config.schema import RunConfig
 from megamoe.data.sentences import SentenceBatch, Sentences, SentenceSet, make_batch
 from megamoe.models.classifier import ClassifierOutput
+from megamoe.models.transformer_xl import Trunk
 from megamoe.parallel.launch import World
 from megamoe.training.evaluation import NO_EXPERTS, Evaluation, evaluation_span
 
@@ -95,7 +96,8 @@ def evaluate_sentences(
 ) -> Accuracy:
     """Score every sentence of `text[split]` once at each k, without gradient, the same on all ranks.
 
-    Every rank must call this; all make equally many forward passes of equal length.
+    Every rank must call this; all make equally many forward passes of equal length. The sentences are read
+    once, as `evaluate` reads text.
 
     Args:
         model: called as `Classifier` is; in evaluation mode.
@@ -105,16 +107,14 @@ def evaluate_sentences(
         run: gives `evaluation` and the lengths of training, which the default memory depends on.
         world: the ranks that share the sentences.
         step: optimizer steps behind the model.
-        after_batch: called after each forward pass, at the same places on all ranks.
+        after_batch: called after each forward pass, one for each batch and k, at the same places on all
+            ranks.
     """
     sentences = text.splits[split]
+    totals = _score(model, sentences, run, world, top_ks=top_ks, step=step, after_batch=after_batch)
     correct, nats = {}, {}
-    for top_k in top_ks:
-        found = _score(
-            model, sentences, run, world,
-            top_k=None if top_k == NO_EXPERTS else top_k, step=step, after_batch=after_batch,
-        )  # fmt: skip
-        n_correct, loss = world.sum(found).tolist()
+    for top_k, total in totals.items():
+        n_correct, loss = world.sum(total).tolist()
         correct[top_k], nats[top_k] = round(n_correct), loss / len(sentences)
     return Accuracy(
         corpus=text.name, split=split, metric=text.metric, tokens=len(sentences), nats=nats, correct=correct,
@@ -129,28 +129,30 @@ def _score(
     run: RunConfig,
     world: World,
     *,
-    top_k: int | None,
+    top_ks: Iterable[int],
     step: int,
     after_batch: Callable[[], None],
-) -> torch.Tensor:
-    """This rank's number of right answers and sum of losses, [2] in float64."""
+) -> dict[int, torch.Tensor]:
+    """This rank's number of right answers and sum of losses by k, [2] in float64."""
     span, device = evaluation_span(run), world.device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    output: ClassifierOutput | None = None
+    totals = {top_k: torch.zeros(2, dtype=torch.float64, device=device) for top_k in top_ks}
+    memories: dict[int, tuple[Any, Any]] = dict.fromkeys(totals, (None, None))
     # Without memory the order does not matter, and sentences of equal length need no padding.
     for batch, weights_B in _batches(
         sentences, run.evaluation.batch_size, world, in_order=span.memory_len > 0
     ):
-        labels_B = batch.labels_B.to(device)
-        memory = (output.memory, output.memory_padding_BM) if output else (None, None)
-        output = model(
-            batch.input_ids_BS.to(device), batch.padding_BS.to(device), labels_B, *memory,
-            top_k=top_k, step=step, span=span,
-        )  # fmt: skip
-        assert output.loss_B is not None
-        right_B = output.logits_BC.argmax(dim=-1) == labels_B
-        totals += torch.stack([right_B.double(), output.loss_B.double()]) @ weights_B.to(device)
-        after_batch()
+        input_ids_BS, padding_BS, labels_B = (values.to(device) for values in batch[:3])
+        trunk: Trunk | None = None
+        for top_k in totals:
+            output = model(
+                input_ids_BS, padding_BS, labels_B, *memories[top_k],
+                top_k=None if top_k == NO_EXPERTS else top_k, step=step, span=span, trunk=trunk,
+            )  # fmt: skip
+            memories[top_k], trunk = (output.memory, output.memory_padding_BM), output.trunk
+            assert output.loss_B is not None
+            right_B = output.logits_BC.argmax(dim=-1) == labels_B
+            totals[top_k] += torch.stack([right_B.double(), output.loss_B.double()]) @ weights_B.to(device)
+            after_batch()
     return totals
 
 

@@ -12,7 +12,7 @@ from megamoe.data.corpus import Corpus
 from megamoe.data.stream import TokenStream
 from megamoe.errors import ConfigError, DataError
 from megamoe.models.attention import AttentionSpan
-from megamoe.models.transformer_xl import ModelOutput
+from megamoe.models.transformer_xl import ModelOutput, Trunk
 from megamoe.moe.routers import resolve_options, router_class
 from megamoe.parallel.launch import World
 
@@ -209,6 +209,9 @@ def evaluate(
     Every rank calls this and gets the same result. Each runs the same number of forward passes on the
     same number of rows; where rows do not divide, some ranks score copies with weight 0.
 
+    The text is read once. Each k has its own memory above the trunk of the model; the trunk is computed once
+    per segment. Figures equal, bit for bit, those of one pass for each k.
+
     Args:
         model: in evaluation mode; a `TransformerXL` or an engine's ``forward``.
         corpus: the text.
@@ -218,7 +221,8 @@ def evaluate(
         world: the ranks that share the rows.
         step: optimizer steps behind the model.
         max_tokens: score at most about this many tokens (whole segments, at least one); 0 scores all.
-        after_segment: called after each forward pass, at the same places on all ranks.
+        after_segment: called after each forward pass, one for each segment and k, at the same places on all
+            ranks.
     """
     rows = _Rows.of_rank(run.evaluation.batch_size, world.rank, world.world_size)
     stream = TokenStream(
@@ -232,15 +236,12 @@ def evaluate(
     if max_tokens:
         per_segment = run.evaluation.batch_size * run.evaluation.segment_len
         n_segments = min(n_segments, max(1, max_tokens // per_segment))
-    nats, tokens = {}, 0
-    for top_k in top_ks:
-        total, n_predictions = _total_loss(
-            model, stream, n_segments, rows, world.device,
-            top_k=None if top_k == NO_EXPERTS else top_k, step=step, span=evaluation_span(run),
-            after_segment=after_segment,
-        )  # fmt: skip
-        tokens = n_predictions * run.evaluation.batch_size
-        nats[top_k] = float(world.sum(total)) / tokens
+    totals, n_predictions = _total_losses(
+        model, stream, n_segments, rows, world.device,
+        top_ks=top_ks, step=step, span=evaluation_span(run), after_segment=after_segment,
+    )  # fmt: skip
+    tokens = n_predictions * run.evaluation.batch_size
+    nats = {top_k: float(world.sum(total)) / tokens for top_k, total in totals.items()}
     words = corpus.words_per_token[split] if corpus.words_per_token else None
     return Evaluation(corpus.name, split, corpus.metric, tokens, nats, words)
 
@@ -269,36 +270,41 @@ class _Rows:
 
 
 @torch.no_grad()
-def _total_loss(
+def _total_losses(
     model: Callable[..., ModelOutput],
     stream: TokenStream,
     n_segments: int,
     rows: _Rows,
     device: torch.device,
     *,
-    top_k: int | None,
+    top_ks: Iterable[int],
     step: int,
     span: AttentionSpan,
     after_segment: Callable[[], None],
-) -> tuple[torch.Tensor, int]:
-    """This rank's sum of token losses (float64 scalar), and the predictions made in one row."""
+) -> tuple[dict[int, torch.Tensor], int]:
+    """This rank's sum of token losses by k (float64 scalars), and the predictions made in one row."""
     weights_B = rows.weights_B.to(device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    memory, n_predictions = None, 0
+    totals = {top_k: torch.zeros((), dtype=torch.float64, device=device) for top_k in top_ks}
+    memories: dict[int, tuple[torch.Tensor, ...]] = {}
+    n_predictions = 0
     for segment in range(n_segments):
         batch = stream.batch(segment)
         input_ids_BS = batch.input_ids_BS[rows.index].to(device)
         targets_BS = batch.targets_BS[rows.index].to(device)
         domains_B2 = None if batch.domains_B2 is None else batch.domains_B2[rows.index].to(device)
-        output = model(
-            input_ids_BS, targets_BS, memory, top_k=top_k, step=step, span=span, domains_B2=domains_B2
-        )
-        memory = output.memory
-        assert output.loss_BS is not None
-        total += output.loss_BS.double().sum(dim=1) @ weights_B
+        trunk: Trunk | None = None
+        for top_k in totals:
+            output = model(
+                input_ids_BS, targets_BS, memories.get(top_k),
+                top_k=None if top_k == NO_EXPERTS else top_k, step=step, span=span,
+                domains_B2=domains_B2, trunk=trunk,
+            )  # fmt: skip
+            memories[top_k], trunk = output.memory, output.trunk
+            assert output.loss_BS is not None
+            totals[top_k] += output.loss_BS.double().sum(dim=1) @ weights_B
+            after_segment()
         n_predictions += targets_BS.shape[1]
-        after_segment()
-    return total, n_predictions
+    return totals, n_predictions
 
 
 def _exp(value: float) -> float:

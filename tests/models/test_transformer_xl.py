@@ -45,6 +45,32 @@ def test_memory_stands_in_for_the_text_before(moe_layers: str, pre_norm: bool) -
     assert not torch.allclose(hidden_states(model, ids_BS, [4, 4, 4], none), whole)
 
 
+@pytest.mark.parametrize(("moe_layers", "n_shared"), [("all", 1), ("1", 2), ("none", 0)])
+@torch.no_grad()
+def test_another_k_goes_on_from_the_trunk(moe_layers: str, n_shared: int) -> None:
+    model = small_model(moe_layers=moe_layers).eval()
+    ids_BS, targets_BS = tokens(6), tokens(6, seed=2)
+    memory = model(tokens(6, seed=3)).memory
+    trunk = model(ids_BS, targets_BS, memory, top_k=1).trunk
+    shared = model(ids_BS, targets_BS, memory, top_k=4, trunk=trunk)
+    alone = model(ids_BS, targets_BS, memory, top_k=4)
+    assert torch.equal(shared.loss_BS, alone.loss_BS) and torch.equal(shared.hidden_BSD, alone.hidden_BSD)
+    assert all(map(torch.equal, shared.memory, alone.memory))
+    assert [a is b for a, b in zip(shared.memory, trunk.memory, strict=False)] == [True] * n_shared
+
+
+def test_there_is_no_trunk_where_gradients_or_dropout_are() -> None:
+    model = small_model()
+    assert model.eval()(tokens(6)).trunk is None
+    with torch.no_grad():
+        trunk = model(tokens(6)).trunk
+        assert model.train()(tokens(6)).trunk is None
+        with pytest.raises(AssertionError, match="without gradient"):
+            model(tokens(6), trunk=trunk)
+    with pytest.raises(AssertionError, match="without gradient"):
+        model.eval()(tokens(6), trunk=trunk)
+
+
 def test_same_length_makes_the_segments_immaterial() -> None:
     model = small_model().double()
     ids_BS, span = tokens(12), AttentionSpan(memory_len=3, same_length=True)

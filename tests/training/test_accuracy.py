@@ -40,8 +40,8 @@ def run(batch_size: int, memory_len: int) -> RunConfig:
     return RunConfig(model=small_config(), moe=MOE, evaluation=scoring)
 
 
-def score(world: World, batch_size: int, memory_len: int = 0) -> Accuracy:
-    return evaluate_sentences(classifier(), sentences(), "test", (2, 4), run(batch_size, memory_len), world)
+def score(world: World, batch_size: int, memory_len: int = 0, top_ks: tuple[int, ...] = (2, 4)) -> Accuracy:
+    return evaluate_sentences(classifier(), sentences(), "test", top_ks, run(batch_size, memory_len), world)
 
 
 def one_by_one() -> tuple[dict[int, int], dict[int, float]]:
@@ -61,7 +61,7 @@ def one_by_one() -> tuple[dict[int, int], dict[int, float]]:
 def score_all(_: Any) -> list[tuple[dict[int, int], dict[int, float], int]]:
     world = start(read_launch())
     scored = [score(world, batch_size) for batch_size in BATCH_SIZES]
-    scored += [score(world, 4, memory_len=6)]
+    scored += [score(world, 4, memory_len=6, top_ks=top_ks) for top_ks in ((2, 4), (2,), (4,))]
     return [(accuracy.correct, accuracy.nats, accuracy.tokens) for accuracy in scored]
 
 
@@ -74,18 +74,25 @@ def scored() -> dict[int, list[Any]]:
 def test_each_sentence_is_scored_once(scored: dict[int, list[Any]], n_ranks: int) -> None:
     correct, nats = one_by_one()
     for rank in scored[n_ranks]:
-        for found_correct, found_nats, n in rank[:-1]:
+        for found_correct, found_nats, n in rank[: len(BATCH_SIZES)]:
             assert n == 11
             assert found_correct == correct
             assert found_nats == pytest.approx(nats, abs=1e-6)
 
 
 def test_memory_is_that_of_the_batch_before_on_any_number_of_ranks(scored: dict[int, list[Any]]) -> None:
-    correct, nats, _ = scored[1][0][-1]
+    correct, nats, _ = scored[1][0][len(BATCH_SIZES)]
     for rank in scored[2]:
-        assert rank[-1][0] == correct
-        assert rank[-1][1] == pytest.approx(nats, abs=1e-6)
+        assert rank[len(BATCH_SIZES)][0] == correct
+        assert rank[len(BATCH_SIZES)][1] == pytest.approx(nats, abs=1e-6)
     assert nats != pytest.approx(one_by_one()[1], abs=1e-6)
+
+
+def test_one_pass_gives_the_figures_of_a_pass_for_each_k(scored: dict[int, list[Any]]) -> None:
+    for rank in (*scored[1], *scored[2]):
+        together, alone_2, alone_4 = rank[len(BATCH_SIZES) :]
+        assert together[0] == alone_2[0] | alone_4[0]
+        assert together[1] == alone_2[1] | alone_4[1]
 
 
 def test_wilson_interval() -> None:

@@ -1,6 +1,10 @@
 """Held-out figures: the same on any number of ranks, whole or expert-parallel, and named honestly."""
 
 import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +12,11 @@ import pytest
 import torch
 
 from megamoe.checkpoint.load import load_model
-from megamoe.config.schema import RunConfig
+from megamoe.config.schema import RouterConfig, RunConfig
 from megamoe.errors import ConfigError
-from megamoe.models.transformer_xl import TransformerXL
-from megamoe.parallel.launch import read_launch, start
+from megamoe.models.model_of import model_of
+from megamoe.models.transformer_xl import ModelOutput, TransformerXL
+from megamoe.parallel.launch import World, read_launch, start
 from megamoe.training.evaluation import (
     NO_EXPERTS,
     Evaluation,
@@ -21,10 +26,68 @@ from megamoe.training.evaluation import (
     in_metric,
     top_ks_to_score,
 )
+from tests.moe.policies import oracle_cases
 from tests.ranks import run_ranks
 from tests.training.runs import FP32, build_trainer, toy_corpus, toy_run
 
 TOP_KS = (1, 2, 4)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "all mixtures": {},
+    "dense below": {"model": {"n_layers": 4}, "moe": {"layers": "2,3"}},
+    "dense in between": {"model": {"n_layers": 3}, "moe": {"layers": "0,2"}},
+    "pre-norm": {"model": {"n_layers": 3, "pre_norm": True}, "moe": {"layers": "1,2"}},
+    "equal lengths": {"evaluation": {"same_length": True, "clamp_len": 5}},
+    "no memory": {"evaluation": {"memory_len": 0}},
+    "no mixtures": {"moe": {"layers": "none"}},
+}
+# Parts of a model whose layers 1 and 2 have experts, and what is called after each forward pass.
+BELOW = ["embedding", "layers.0.attention", "layers.0.feed_forward", "layers.1.attention"]
+ABOVE = ["layers.1.moe", "layers.2.attention", "layers.2.moe", "output", "after_segment"]
+PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+
+def in_one_pass_and_separately(
+    model: Callable[..., ModelOutput], run: RunConfig, world: World
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Nats by k from one pass over the text, and from a pass for each k."""
+
+    def nats(top_ks: tuple[int, ...]) -> dict[int, float]:
+        return evaluate(model, toy_corpus(), "valid", top_ks, run, world).nats
+
+    return nats(TOP_KS), {top_k: nats((top_k,))[top_k] for top_k in TOP_KS}
+
+
+def evaluate_layouts_and_policies(folder: str) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
+    """Both ways for every layout, and for every policy above a dense layer."""
+    world = start(read_launch())
+    runs = {name: toy_run(Path(folder), **changes) for name, changes in LAYOUTS.items()}
+    above = toy_run(Path(folder), model={"n_layers": 3}, moe={"layers": "1,2"})
+    for policy, options in oracle_cases():
+        router = RouterConfig(name=policy, options=options)
+        runs[f"{policy} {options}"] = replace(above, moe=replace(above.moe, router=router))
+    vocab_size = toy_corpus().vocab_size
+    result = {}
+    for name, run in runs.items():
+        model = model_of(replace(run, model=replace(run.model, vocab_size=vocab_size))).eval()
+        result[name] = in_one_pass_and_separately(model, run, world)
+    return result
+
+
+def evaluate_partitioned(
+    folder: str, world: World
+) -> tuple[tuple[dict[int, float], dict[int, float]], Counter[str]]:
+    """Both ways at ZeRO stage 3, and how often the lowest and the highest part were called."""
+    run = toy_run(Path(folder), model={"n_layers": 3}, moe={"layers": "1,2", "ep_size": 1})
+    engine = build_trainer(run, PARTITIONED, world, []).engine
+    engine.eval()
+    calls = Counter[str]()
+    for part in (BELOW[0], ABOVE[-2]):
+        count_calls_of(engine.model, part, calls)
+    return in_one_pass_and_separately(engine.forward, run, world), calls
+
+
+def count_calls_of(model: torch.nn.Module, part: str, calls: Counter[str]) -> None:
+    model.get_submodule(part).register_forward_hook(lambda *_: calls.update([part]))
 
 
 def evaluate_everywhere(folder: str) -> dict[str, Any]:
@@ -34,6 +97,8 @@ def evaluate_everywhere(folder: str) -> dict[str, Any]:
     trainer = build_trainer(run, FP32, world, [])
     trainer.engine.eval()
     sharded = evaluate(trainer.engine.forward, corpus, "valid", TOP_KS, run, world)
+    by_engine = in_one_pass_and_separately(trainer.engine.forward, run, world)
+    by_partitioned, calls = evaluate_partitioned(f"{folder}-partitioned", world)
     trainer.save([trainer.folder.best])
     trainer.wait_for_save()
     whole = load_model(trainer.folder.best)
@@ -41,6 +106,8 @@ def evaluate_everywhere(folder: str) -> dict[str, Any]:
         "sharded": sharded,
         "whole": evaluate(whole, corpus, "valid", TOP_KS, run, world),
         "one segment": evaluate(whole, corpus, "valid", TOP_KS, run, world, max_tokens=20),
+        "both ways": [by_engine, by_partitioned],
+        "calls at stage 3": calls,
     }
 
 
@@ -94,6 +161,50 @@ def test_figures_are_means_over_every_token(by_ranks, tmp_path_factory):
 def test_the_engine_and_the_loaded_model_agree(by_ranks):
     for ranks in by_ranks.values():
         assert ranks[0]["sharded"].nats == pytest.approx(ranks[0]["whole"].nats, abs=1e-6)
+
+
+def test_one_pass_on_several_ranks_gives_the_figures_of_a_pass_for_each_k(by_ranks):
+    for ranks in by_ranks.values():
+        for rank in ranks:
+            for one_pass, separate in rank["both ways"]:
+                assert one_pass == separate
+                assert len(set(one_pass.values())) == len(TOP_KS)
+
+
+def test_at_stage_3_every_forward_pass_calls_the_same_modules(by_ranks):
+    for ranks in by_ranks.values():
+        for rank in ranks:
+            calls = rank["calls at stage 3"]
+            assert calls[BELOW[0]] == calls[ABOVE[-2]] > 0
+
+
+def test_one_pass_gives_the_figures_of_a_pass_for_each_k(tmp_path):
+    (found,) = run_ranks(evaluate_layouts_and_policies, 1, str(tmp_path))
+    assert {name for name, (one_pass, separate) in found.items() if one_pass != separate} == set()
+    differing = [len(set(one_pass.values())) for one_pass, _ in found.values()]
+    assert differing[: len(LAYOUTS)] == [len(TOP_KS)] * (len(LAYOUTS) - 1) + [1]
+    assert all(math.isfinite(nats) for one_pass, _ in found.values() for nats in one_pass.values())
+
+
+def test_what_is_below_the_experts_is_computed_once_for_all_k(tmp_path):
+    (calls,) = run_ranks(count_calls, 1, str(tmp_path))
+    segments = calls["embedding"]
+    assert segments > 3
+    assert calls == dict.fromkeys(BELOW, segments) | dict.fromkeys(ABOVE, 3 * segments)
+
+
+def count_calls(folder: str) -> dict[str, int]:
+    """How often each part of a model with a dense layer below the mixtures runs in one evaluation."""
+    world, calls = start(read_launch()), Counter[str]()
+    sizes = {"n_layers": 3, "vocab_size": toy_corpus().vocab_size}
+    run = toy_run(Path(folder), model=sizes, moe={"layers": "1,2"})
+    model = model_of(run).eval()
+    for part in BELOW + ABOVE[:-1]:
+        count_calls_of(model, part, calls)
+    evaluate(
+        model, toy_corpus(), "valid", TOP_KS, run, world, after_segment=lambda: calls.update([ABOVE[-1]])
+    )
+    return dict(calls)
 
 
 def test_memory_keeps_the_span_of_training_by_default(tmp_path):
