@@ -27,7 +27,7 @@ if __name__ == "__main__":  # before torch is imported
 import torch
 
 from benchmarks.record import add_output, keep
-from benchmarks.side_by_side import attention, engine, layer, memory, step
+from benchmarks.side_by_side import attention, engine, evaluation, layer, memory, step
 from benchmarks.side_by_side.goals import goals
 from benchmarks.side_by_side.machine import machine
 from benchmarks.side_by_side.peers.transformers_moe import why_absent
@@ -39,6 +39,7 @@ SECTIONS = {
     "layer": layer.measure,
     "attention": attention.measure,
     "step": step.measure,
+    "evaluation": evaluation.measure,
     "engine": engine.measure,
     "memory": memory.measure,
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.side_by_side import attention, engine, layer, memory, step
+from benchmarks.side_by_side import attention, engine, evaluation, layer, memory, step
 from benchmarks.side_by_side.sizes import Sizes
 from benchmarks.side_by_side.timing import Case
 
@@ -69,9 +69,11 @@ def goals(sizes: Sizes) -> list[Goal]:
         *_step_goals(sizes),
         *_attention_goals(),
         *_layer_goals(sizes),
+        Goal("evaluation at all k in one pass over a pass for each k", 1.0, 0.95, evaluation.SECTION,
+             evaluation.ONE_PASS, evaluation.SEPARATE, direction=LOWER),
         *_memory_goals(sizes),
         *_engine_goals(sizes),
-    ]
+    ]  # fmt: skip
 
 
 def _step_goals(sizes: Sizes) -> list[Goal]:

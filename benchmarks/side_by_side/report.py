@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from benchmarks.side_by_side import attention, engine, layer, memory, step
+from benchmarks.side_by_side import attention, engine, evaluation, layer, memory, step
 from benchmarks.side_by_side.timing import Case
 
 BASES = {
@@ -13,6 +13,7 @@ BASES = {
     attention.SECTION: attention.OURS,
     step.SECTION: step.HYPER,
     step.RANKS_SECTION: step.ONE_RANK,
+    evaluation.SECTION: evaluation.SEPARATE,
     engine.SECTION: engine.PLAIN,
     memory.PEAK: step.PUBLISHED,
     memory.SAVED: layer.FASTMOE,

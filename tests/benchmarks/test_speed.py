@@ -116,7 +116,7 @@ def test_bare_products_have_the_work_of_a_step() -> None:
 
 def test_goals_are_about_what_is_measured() -> None:
     names = [goal.name for goal in goals(FULL)]
-    assert len(set(names)) == len(names) == 19
+    assert len(set(names)) == len(names) == 20
 
 
 def in_this_process(function: Callable[..., Any], n_ranks: int, *args: Any, timeout: float) -> list[Any]:
@@ -140,7 +140,7 @@ def test_a_run_of_all_sections_gives_every_table_and_judges_every_goal(
         *(f"## {section}, dtype {dtype}, threads 1"
           for section in ("layer", "attention") for dtype in ("fp32", "bf16")),
         "## step, threads 1", "## ranks, dtype fp32", "## ranks, dtype bf16",
-        "## engine, threads 1", "## memory of a step", "## memory kept by the layer, dtype fp32",
+        "## evaluation, threads 1", "## engine, threads 1", "## memory of a step", "## memory kept by the layer, dtype fp32",
         "## memory kept by the layer, dtype bf16",
     ):  # fmt: skip
         assert heading in text
@@ -166,7 +166,7 @@ def test_unknown_sections_are_named(
     monkeypatch.setattr("sys.argv", ["speed", "--sections", "layer,speeed"])
     with pytest.raises(SystemExit):
         speed.main()
-    assert "speeed: choose from layer, attention, step, engine, memory" in capsys.readouterr().err
+    assert "speeed: choose from layer, attention, step, evaluation, engine, memory" in capsys.readouterr().err
 
 
 def test_without_transformers_that_peer_is_left_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
