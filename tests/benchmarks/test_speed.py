@@ -140,7 +140,8 @@ def test_a_run_of_all_sections_gives_every_table_and_judges_every_goal(
         *(f"## {section}, dtype {dtype}, threads 1"
           for section in ("layer", "attention") for dtype in ("fp32", "bf16")),
         "## step, threads 1", "## ranks, dtype fp32", "## ranks, dtype bf16",
-        "## evaluation, threads 1", "## engine, threads 1", "## memory of a step", "## memory kept by the layer, dtype fp32",
+        "## evaluation, threads 1", "## engine, threads 1", "## memory of a step",
+        "## memory kept by the layer, dtype fp32",
         "## memory kept by the layer, dtype bf16",
     ):  # fmt: skip
         assert heading in text
