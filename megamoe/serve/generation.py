@@ -90,7 +90,7 @@ class TextGenerator:
         try:
             ids = self.tokenizer.encode(prompt)
         except DataError as error:
-            raise DataError(f"prompt = {shown!r}: {error}; leave that out") from None
+            raise DataError(f"prompt = {shown!r}: {error}; give another prompt") from None
         if not len(ids):
             raise DataError(f"prompt = {shown!r}: holds no {self.tokenizer.unit}; give at least one")
         return torch.from_numpy(ids.astype("int64")).to(self._device)

@@ -90,7 +90,7 @@ def test_ctrl_c_ends_it_with_what_was_written(run):
     [
         ((), "--prompt: none is given; give a text to go on with, or --prompt-file FILE"),
         (("--prompt", ""), "prompt = '': holds no symbol; give at least one"),
-        (("--prompt", "A"), "prompt = 'A': byte 65: is not among the 32 symbols of this corpus; leave"),
+        (("--prompt", "A"), "prompt = 'A': byte 65: is not among the 32 symbols of this corpus; give"),
         (("--prompt-file", "missing"), "--prompt-file = 'missing': cannot be read (No such file"),
         (("--prompt", "a", "--k", "5"), "k = 5: give a number up to moe.n_experts = 4"),
         (("--prompt", "a", "--temperature", "-1"), "temperature = -1.0: give 0, which takes the most"),
