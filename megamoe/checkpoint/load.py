@@ -32,9 +32,9 @@ def load_model(path: str | Path, *, verify: bool = True) -> Any:
     Raises:
         CheckpointError: there is no complete checkpoint, or it is not what its manifest and config say.
     """
-    if is_export(Path(path)):
-        return _load_export(ExportReader(Path(path)), verify)
-    reader = CheckpointReader(locate(path))
+    reader = open_model(path)
+    if isinstance(reader, ExportReader):
+        return _load_export(reader, verify)
     if verify:
         reader.verify_files()
     n_weights = sum(math.prod(reader.shape("weight", name)) for name in reader.names("weight"))
@@ -45,6 +45,15 @@ def load_model(path: str | Path, *, verify: bool = True) -> Any:
         tensors[name] = reader.tensor("buffer", name).to(buffer.dtype)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def open_model(path: str | Path) -> CheckpointReader | ExportReader:
+    """What there is to know of the model of `path` before it is loaded; see `load_model`.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    return ExportReader(Path(path)) if is_export(Path(path)) else CheckpointReader(locate(path))
 
 
 def _load_export(reader: ExportReader, verify: bool) -> Backbone:
@@ -97,7 +106,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         CheckpointError: there is no complete checkpoint, or its tokenizer is damaged.
     """
-    reader = ExportReader(Path(path)) if is_export(Path(path)) else CheckpointReader(locate(path))
+    reader = open_model(path)
     try:
         return Tokenizer.from_dict(reader.state.tokenizer)
     except DataError as error:

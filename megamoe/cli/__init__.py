@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megamoe import __version__
-from megamoe.cli import compare, config, env, evaluate, finetune, preflight, presets, routers, train
+from megamoe.cli import compare, config, env, evaluate, finetune, generate, preflight, presets, routers, train
 from megamoe.errors import ConfigError, ExitCode, LostRankError, MegaMoEError, StoppedError
 from megamoe.launchers import rank_and_size
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "finetune": finetune,
     "preflight": preflight,
     "evaluate": evaluate,
+    "generate": generate,
     "config": config,
     "presets": presets,
     "routers": routers,
@@ -63,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="megamoe", allow_abbrev=False,
-        description="Train and score sparse mixture-of-experts language models on DeepSpeed.",
+        description="Train, score and use sparse mixture-of-experts language models on DeepSpeed.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     # The deepspeed launcher puts it before the subcommand.

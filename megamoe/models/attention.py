@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from megamoe.errors import ConfigError
 from megamoe.models.attention_core import DroppedUnits, Hidden, relative_attention
+from megamoe.models.key_value_cache import KeyValueCache
 from megamoe.moe.dropout import Dropout
 from megamoe.moe.randomness import at_site, draw
 
@@ -58,6 +59,8 @@ class AttentionInputs(NamedTuple):
         bias_v_AW: v of the score, added to queries that meet distances.
         keys_BS: keys of the segment's tokens, for dropout; None in evaluation.
         hides_later_only: whether `hidden_SC` hides nothing but later keys, so that attention can skip others.
+        cache: where one layer keeps keys, values and projected distances of a context of which it is given
+            the newest position alone; None where it is given all.
     """
 
     distances_PD: torch.Tensor
@@ -66,6 +69,7 @@ class AttentionInputs(NamedTuple):
     bias_v_AW: torch.Tensor
     keys_BS: torch.Tensor | None = None
     hides_later_only: bool = False
+    cache: KeyValueCache | None = None
 
 
 def inverse_frequencies(d_model: int, device: torch.device | None = None) -> torch.Tensor:
@@ -150,7 +154,10 @@ class RelativeAttention(nn.Module):
         """Attend from the last S positions of the context, [B, S, D]."""
         segment_len = inputs.hidden_SC.shape[-2]
         q_ABSW, k_ABCW, v_ABCW = self.qkv(context_BCD, segment_len)
-        r_APW = self.position(inputs.distances_PD).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
+        if inputs.cache is None:
+            r_APW = self.project_distances(inputs.distances_PD)
+        else:
+            k_ABCW, v_ABCW, r_APW = inputs.cache.append(k_ABCW, v_ABCW)
         context_ABSW = relative_attention(
             q_ABSW,
             k_ABCW,
@@ -163,6 +170,11 @@ class RelativeAttention(nn.Module):
             QUERY_BLOCK,
         )
         return self.output(context_ABSW.permute(1, 2, 0, 3).flatten(2))
+
+    def project_distances(self, distances_PD: torch.Tensor) -> torch.Tensor:
+        """r of the score for each head, [A, P, W]."""
+        r_APW: torch.Tensor = self.position(distances_PD).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
+        return r_APW
 
     def _dropped(self, keys_BS: torch.Tensor | None) -> DroppedUnits | None:
         """Dropout of probabilities; each head draws for itself."""

@@ -95,6 +95,12 @@ class Block(nn.Module):
         y_BSD = self.feed_forward_dropout(y_BSD, keys_BS)
         return self._after(self.feed_forward_norm, x_BSD, y_BSD), routing
 
+    def project(self, memory_BMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [A, B, M, W] of the layer's inputs in earlier segments."""
+        context_BMD = self._before(self.attention_norm, memory_BMD)
+        _, keys_ABMW, values_ABMW = self.attention.qkv(context_BMD, segment_len=1)
+        return keys_ABMW, values_ABMW
+
     def _attend(self, x_BSD: torch.Tensor, memory_BMD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         context_BCD = self._before(self.attention_norm, torch.cat([memory_BMD, x_BSD], dim=1))
         with room("attention"):

@@ -36,6 +36,8 @@ class RouterContext:
             training.
         sequence_T: the sequence of each token, 0 to B - 1, rising; within one, tokens are in order of
             time. None: all are of one sequence.
+        place_T: the place of each token in its segment, from 0; None: a sequence's tokens here are the first
+            of its segment. See `selection.places_in_segments`.
         domain_T2: source and target domain of each token's sequence, 0 where unknown; None where the data
             have none.
         route_T: which of the forward passes over the same sequences each token is of, see `Router.routes`;
@@ -50,6 +52,7 @@ class RouterContext:
     token_ids_T: torch.Tensor | None = None
     token_keys_T: torch.Tensor | None = None
     sequence_T: torch.Tensor | None = None
+    place_T: torch.Tensor | None = None
     domain_T2: torch.Tensor | None = None
     route_T: torch.Tensor | None = None
     previous: "Routing | None" = None

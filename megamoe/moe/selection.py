@@ -73,6 +73,13 @@ def sequences(
     return sequence_T, torch.bincount(sequence_T, minlength=1)
 
 
+def places_in_segments(context: RouterContext, n_tokens: int, device: torch.device) -> torch.Tensor:
+    """The place of each token in its segment [T], int64."""
+    if context.place_T is not None:
+        return context.place_T
+    return places(sequences(context, n_tokens, device)[0])
+
+
 def capacities(lengths_B: torch.Tensor, factor: float, top_k: int, n_experts: int) -> torch.Tensor:
     """Choices [B] that an expert takes of each sequence: ceil(factor * length * k / E)."""
     return (lengths_B.double() * (factor * top_k / n_experts)).ceil().long()

@@ -93,6 +93,7 @@ def test_env_prints_a_table_or_json(capsys):
         "config --preset tiny_enwik8 --run-folder",
         "train --preset tiny_enwik8 moe.topk=3",
         "evaluate",
+        "generate runs/demo --prompt a --temperature -1",
         "train --help",
     ],
 )

@@ -14,7 +14,7 @@ import torch
 
 from megamoe.moe.precision import at_least_fp32
 from megamoe.moe.routing import Router, RouterContext, Routing
-from megamoe.moe.selection import places, sequences, top_k_softmax
+from megamoe.moe.selection import places_in_segments, top_k_softmax
 
 
 class RandomRouter(Router):
@@ -28,7 +28,7 @@ class RandomRouter(Router):
         if self.training:
             scores_TE = self.spec.uniform("scores", context, self.spec.n_experts)
         else:
-            sequence_T, _ = sequences(context, len(x_TD), x_TD.device)
-            scores_TE = self.spec.lasting_uniform("scores", places(sequence_T), self.spec.n_experts)
+            places_T = places_in_segments(context, len(x_TD), x_TD.device)
+            scores_TE = self.spec.lasting_uniform("scores", places_T, self.spec.n_experts)
         routing = top_k_softmax(scores_TE.to(at_least_fp32(x_TD).dtype), context.top_k)
         return Routing(routing.expert_ids_TK, routing.weights_TK)

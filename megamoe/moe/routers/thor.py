@@ -21,7 +21,7 @@ import torch
 from megamoe.config.schema import option, require_not_negative
 from megamoe.moe.precision import at_least_fp32
 from megamoe.moe.routing import Router, RouterContext, Routing
-from megamoe.moe.selection import places, sequences
+from megamoe.moe.selection import places_in_segments
 
 
 class ThorRouter(Router):
@@ -65,7 +65,7 @@ class ThorRouter(Router):
             drawn_R = torch.randint(n_experts, (2,), generator=self.spec.generator("draw", context.step))
             ids_T = drawn_R.to(x_TD.device)[route_T.to(x_TD.device)]
         else:
-            sequence_T, _ = sequences(context, n_tokens, x_TD.device)
-            ids_T = self.spec.lasting_uniform("draw", places(sequence_T), n_experts).argmax(-1)
+            places_T = places_in_segments(context, n_tokens, x_TD.device)
+            ids_T = self.spec.lasting_uniform("draw", places_T, n_experts).argmax(-1)
         ones_T1 = torch.ones(n_tokens, 1, dtype=at_least_fp32(x_TD).dtype, device=x_TD.device)
         return Routing(ids_T[:, None], ones_T1)

@@ -1,0 +1,44 @@
+"""What may be asked of text that is generated. No torch, so that refusals come at once."""
+
+import math
+from dataclasses import dataclass
+
+from megamoe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How texts go on.
+
+    Attributes:
+        k: experts per token; None means the model's `moe.top_k`.
+        max_new_tokens: tokens that each text gets.
+        temperature: what logits are divided by; 0 always takes the most probable token.
+        top_p: draw from the fewest tokens whose probabilities reach this sum; 1 draws from all.
+        samples: texts from each prompt.
+        seed: of all draws.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    k: int | None = None
+    max_new_tokens: int = 200
+    temperature: float = 1.0
+    top_p: float = 1.0
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("k", "max_new_tokens", "samples"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "give a number above 0")
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature,
+                 "give 0, which takes the most probable token, or a number above it")  # fmt: skip
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0, at most 1")
+        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "give a number from 0 to 2^63 - 1")
+
+
+def _require(holds: bool, name: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} = {value}: {remedy}")
