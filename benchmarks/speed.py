@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does it work?")
     parser.add_argument("--rounds", type=int, help="counted rounds (default: 5, and 2 with --quick)")
     parser.add_argument("--threads", type=_numbers, default=[1], help="numbers of threads (default: 1)")
+    parser.add_argument("--tokens", type=_numbers, help="tokens of the mixture layer (default: all sizes)")
     add_output(parser)
     args = parser.parse_args()
     sizes = QUICK if args.quick else FULL
@@ -124,6 +125,8 @@ def main() -> int:
             turns=replace(sizes.turns, rounds=args.rounds),
             step_turns=replace(sizes.step_turns, rounds=args.rounds),
         )
+    if args.tokens:
+        sizes = replace(sizes, tokens=tuple(args.tokens))
     result, cases = speed(sizes, args.sections, args.threads, lambda line: print(line, flush=True))
     text = report(result, cases)
     print(text)
