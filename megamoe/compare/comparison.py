@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
-from rich.console import Console
-
 from megamoe.compare.contestants import Budget, contestants
 from megamoe.compare.plots import plot_comparison
 from megamoe.compare.report import markdown, terminal_table
@@ -15,10 +13,10 @@ from megamoe.config.load import read_file
 from megamoe.config.schema import RunConfig
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG, resolve_ds_config
-from megamoe.training.callbacks.console import LOG_WIDTH
 from megamoe.training.environment import describe_environment
 from megamoe.training.run_folder import write_json
 from megamoe.training.session import read_corpus
+from megamoe.training.terminal import open_terminal
 
 
 def compare(
@@ -72,9 +70,7 @@ def report(base: RunConfig, summary: dict[str, Any], jobs: int, command: str) ->
     images = plot_comparison(summary, folder)
     where = f"{summary['date']}, {_machine(environment)}, {jobs} runs at a time."
     (folder / "compare.md").write_text(markdown(summary, images, command, where), encoding="utf-8")
-    console = Console()
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
+    console = open_terminal()
     console.print(terminal_table(summary))
     console.print(f"\n{folder}/compare.md, compare.json, {', '.join(image.name for image in images)}")
     return summary

@@ -3,7 +3,7 @@
 Shapes: B batch rows, S segment, n tokens of a row.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ from megamoe.data.tokenizers import Ids
 from megamoe.errors import DataError
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """One segment of every row.
 
     Attributes:

@@ -33,10 +33,11 @@ class StepResult:
 
     Attributes:
         grad_norm: global gradient norm before clipping, experts of all ranks included; inf where skipped.
+            A scalar tensor that is left on the device.
         skipped: gradients were not finite on some rank, so no rank changed its weights.
     """
 
-    grad_norm: float
+    grad_norm: torch.Tensor
     skipped: bool
 
 
@@ -99,6 +100,10 @@ class Engine:
         size = self.layout.micro_batch_size
         return self.rows[index * size : (index + 1) * size]
 
+    def on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """A batch's tensor where the model is; copying pinned memory is not waited for."""
+        return values.to(self.device, non_blocking=True)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `forward` through DeepSpeed."""
         return self.deepspeed(*args, **kwargs)
@@ -119,13 +124,16 @@ class Engine:
             if self.layout.zero_stage == 0:
                 return self._step_unsharded()
             self.deepspeed.step()
-            norm = float(self.deepspeed.get_global_grad_norm())
+            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())  # a number where it was skipped
             return StepResult(norm, not self.deepspeed.was_step_applied())
 
     def _step_unsharded(self) -> StepResult:
-        """DeepSpeed computes no norm at stage 0 and would step on gradients that are not finite."""
+        """DeepSpeed computes no norm at stage 0 and would step on gradients that are not finite.
+
+        To decide on that, the host has to wait for the norm.
+        """
         norm = global_grad_norm(self.model)
-        if math.isfinite(norm):
+        if norm.isfinite():
             self.deepspeed.step()
             return StepResult(norm, skipped=False)
         # What DeepSpeed counts when it skips a step itself.
@@ -134,7 +142,7 @@ class Engine:
         self.deepspeed.global_steps += 1
         self.deepspeed.skipped_steps += 1
         self.deepspeed.global_samples += self.deepspeed.train_batch_size()
-        return StepResult(math.inf, skipped=True)
+        return StepResult(torch.tensor(math.inf), skipped=True)
 
     def set_learning_rate(self, lr: float) -> None:
         """Use `lr` from the next step on, in all groups."""
@@ -150,7 +158,7 @@ class Engine:
         self.deepspeed.eval()
 
 
-def global_grad_norm(model: nn.Module) -> float:
+def global_grad_norm(model: nn.Module) -> torch.Tensor:
     """L2 norm of all gradients, experts of all ranks included, once gradients are reduced over ranks."""
     shared: list[torch.Tensor] = []
     spread: list[torch.Tensor] = []
@@ -162,7 +170,7 @@ def global_grad_norm(model: nn.Module) -> float:
         here = torch.nn.utils.get_total_norm(spread) ** 2
         dist.all_reduce(here, group=groups._get_max_expert_parallel_group())
         square = square + here
-    return math.sqrt(square)
+    return square.sqrt()
 
 
 def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -> Backbone:

@@ -123,7 +123,7 @@ class ClassifierTrainer(Trainer):
         engine, n = self.engine, self.engine.micro_batches
         memory_padding = self._memory_padding(batch)
         for index, tensors in enumerate(
-            zip(*(values.to(engine.device).chunk(n) for values in batch[:3]), strict=True)
+            zip(*(engine.on_device(values).chunk(n) for values in batch[:3]), strict=True)
         ):
             self._beat("forward")
             output = engine.forward(
@@ -144,7 +144,7 @@ class ClassifierTrainer(Trainer):
             parts.append(self.stream.batch(step).padding_BS[:, -missing:])
             missing -= parts[-1].shape[1]
         padding_BM = torch.cat([batch.padding_BS[:, :0], *reversed(parts)], dim=1)
-        return padding_BM.to(self.engine.device).chunk(self.engine.micro_batches)
+        return self.engine.on_device(padding_BM).chunk(self.engine.micro_batches)
 
     def _score(
         self, split: str, top_ks: Sequence[int], step: int, after_forward: Callable[[], None]

@@ -63,5 +63,5 @@ class Guard:
         loads = ", ".join(f"{layer.max_over_mean:.2f}" for layer in health) or "none"
         return DivergenceError(
             f"{what}: {why} (step {record.step}, loss {float(record.loss):.4f}, gradient norm"
-            f" {record.grad_norm:.4g}, largest over mean load of each mixture layer: {loads})"
+            f" {float(record.grad_norm):.4g}, largest over mean load of each mixture layer: {loads})"
         )

@@ -17,6 +17,7 @@ from megamoe.checkpoint.state import TrainingState
 from megamoe.checkpoint.writer import CheckpointWriter, memory_slices
 from megamoe.config.schema import RunConfig
 from megamoe.data.corpus import Corpus
+from megamoe.data.read_ahead import ReadAhead
 from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
 from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
@@ -80,6 +81,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.engine = Engine(run, ds_config, world, corpus.vocab_size)
         self.stream = self._open_stream()
+        self._batches = ReadAhead(self.stream, world.device)
         self.memories: list[Memory | None] = [None] * self.engine.micro_batches
         self.plateau = Plateau()
         self.step = self.tokens = 0
@@ -208,7 +210,7 @@ class Trainer:
         lr = learning_rate(run.optimizer, self.step, run.training.max_steps, self.plateau)
         engine.set_learning_rate(lr)
         with room("data"):
-            batch = self.stream.batch(self.step)
+            batch = self._batches.batch(self.step)
         if batch.starts_epoch:
             self.memories = [None] * engine.micro_batches
         losses, auxiliaries, micro_batches = [], [], []
@@ -250,15 +252,15 @@ class Trainer:
         engine = self.engine
         n_parts, domains_B2 = engine.micro_batches, batch.domains_B2
         micro_batches = zip(
-            batch.input_ids_BS.chunk(n_parts),
-            batch.targets_BS.chunk(n_parts),
-            [None] * n_parts if domains_B2 is None else domains_B2.to(engine.device).chunk(n_parts),
+            engine.on_device(batch.input_ids_BS).chunk(n_parts),
+            engine.on_device(batch.targets_BS).chunk(n_parts),
+            [None] * n_parts if domains_B2 is None else engine.on_device(domains_B2).chunk(n_parts),
             strict=True,
         )
         for index, (input_ids_BS, targets_BS, domains_B2) in enumerate(micro_batches):
             self._beat("forward")
             output = engine.forward(
-                input_ids_BS.to(engine.device), targets_BS.to(engine.device), self.memories[index],
+                input_ids_BS, targets_BS, self.memories[index],
                 top_k=top_k, step=self.step, rows=engine.micro_batch_rows(index), domains_B2=domains_B2,
             )  # fmt: skip
             self.memories[index] = output.memory

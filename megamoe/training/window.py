@@ -43,7 +43,7 @@ class Window:
         return figures | {
             f"train/{metric}": in_metric(figures["train/loss"], metric),
             "train/lr": record.lr,
-            "train/grad_norm": record.grad_norm,
+            "train/grad_norm": float(record.grad_norm),
             "train/top_k": record.top_k,
             "train/skipped_steps": self._skipped,
             "train/tokens_per_second": self._tokens / self._seconds,

@@ -158,7 +158,9 @@ def guarded(run: RunConfig) -> Any:
     for step in range(60):
         loss = torch.tensor(1.0 if step < 30 else 5.0)
         try:
-            guard.check(StepRecord(step, 0.1, 2, loss, {}, 1.0, 10 <= step < 25 or step >= 35, 8, ()))
+            guard.check(
+                StepRecord(step, 0.1, 2, loss, {}, torch.tensor(1.0), 10 <= step < 25 or step >= 35, 8, ())
+            )
         except DivergenceError:
             return step
     return None

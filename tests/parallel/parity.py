@@ -162,7 +162,7 @@ def _skip(world: World, stage: int) -> dict[str, Any]:
         weights.append([full_weight(p) for p in engine.model.parameters()])
     return {
         "skipped": [step.skipped for step in steps],
-        "norms": [step.grad_norm for step in steps],
+        "norms": [step.grad_norm.item() for step in steps],
         "unchanged": all(torch.equal(a, b) for a, b in zip(*weights, strict=True)),
         "counted": (engine.deepspeed.global_steps, engine.deepspeed.skipped_steps),
     }

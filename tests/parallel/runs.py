@@ -142,7 +142,7 @@ def run_engine(run: RunConfig, ds: Mapping[str, Any], world: World) -> tuple[Tra
         result.gradients.append(
             {name: _or_zeros(safe_get_full_grad(p), p) for name, p in engine.model.named_parameters()}
         )
-        result.norms.append(engine.step().grad_norm)
+        result.norms.append(engine.step().grad_norm.item())
         update_routers([layer.router for layer in engine.model.moe_layers], routings, world, step)
     result.buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     result.weights = {name: full_weight(p) for name, p in engine.model.named_parameters()}

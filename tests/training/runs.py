@@ -58,9 +58,9 @@ class Recorder(Callback):
         self.errors: list[BaseException] = []
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        names = ("step", "lr", "top_k", "grad_norm", "skipped", "tokens")
+        names = ("step", "lr", "top_k", "skipped", "tokens")
         values = {name: getattr(record, name) for name in names}
-        self.steps.append(values | {"loss": float(record.loss)})
+        self.steps.append(values | {name: float(getattr(record, name)) for name in ("loss", "grad_norm")})
         if record.step == self.cut_after:
             trainer.wait_for_save()
             raise CutError

@@ -23,7 +23,7 @@ class StepRecord:
         top_k: experts per token in force.
         loss: this rank's mean loss, nats per token, without auxiliary losses; a scalar tensor.
         auxiliary: this rank's unweighted auxiliary losses by name; scalar tensors.
-        grad_norm: global gradient norm before clipping.
+        grad_norm: global gradient norm before clipping; a scalar tensor.
         skipped: the update was left out because gradients were not finite.
         tokens: predictions over all ranks.
         routings: decisions of each mixture layer in the last micro-batch of this rank.
@@ -34,7 +34,7 @@ class StepRecord:
     top_k: int
     loss: torch.Tensor
     auxiliary: dict[str, torch.Tensor]
-    grad_norm: float
+    grad_norm: torch.Tensor
     skipped: bool
     tokens: int
     routings: tuple[Routing, ...]

@@ -1,7 +1,6 @@
 """What a person watching the run sees: a progress bar on a terminal, aligned lines elsewhere."""
 
 import io
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,11 @@ from megamoe.training.banner import banner
 from megamoe.training.callbacks.callback import Callback
 from megamoe.training.evaluation import Evaluation, format_figure
 from megamoe.training.report import figures_table
+from megamoe.training.terminal import LOG_WIDTH, open_terminal
 
 if TYPE_CHECKING:
     from megamoe.training.trainer import Trainer
 
-LOG_WIDTH = 120
 BESIDE_THE_BAR = ("loss", "lr", "speed", "load", "eta")
 """What fits beside the bar where a terminal is 80 columns wide; the log has all."""
 
@@ -27,7 +26,7 @@ class ConsoleCallback(Callback):
 
     def __init__(self, log: Path, terminal: Console | None = None) -> None:
         self.log = log
-        self.terminal = terminal or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+        self.terminal = terminal or open_terminal()
         self._bar: Progress | None = None
 
     def on_train_start(self, trainer: "Trainer") -> None:

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from megamoe.training.preflight.facts import Facts
 from megamoe.training.preflight.judge import Finding, Speeds
 from megamoe.training.preflight.needs import Needs
 from megamoe.training.preflight.units import flop_rate, size, speed
-
-LOG_WIDTH = 120
+from megamoe.training.terminal import open_terminal
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,7 @@ def print_json(report: Report) -> None:
 
 def print_report(report: Report) -> None:
     """Tables of the ranks and of what the run asks of them, then one line for each finding."""
-    console = Console()
-    if not console.is_terminal:  # the log of a job need not fit into 80 columns
-        console.width = LOG_WIDTH
+    console = open_terminal()
     if report.needs:
         console.print(_ranks(report.facts))
         if any(report.speeds.values()):

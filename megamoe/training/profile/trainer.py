@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.profiler import ProfilerActivity
 
 from megamoe.config.schema import RunConfig
@@ -16,13 +15,13 @@ from megamoe.moe.rooms import room
 from megamoe.parallel.launch import Launch
 from megamoe.training import signals
 from megamoe.training.callbacks.callback import StepRecord
-from megamoe.training.callbacks.console import LOG_WIDTH
 from megamoe.training.preflight.measure import arithmetic_speed
 from megamoe.training.profile.flops import flop_counter
 from megamoe.training.profile.report import rooms_table
 from megamoe.training.profile.rooms import STEP, time_by_room
 from megamoe.training.run_folder import write_json
 from megamoe.training.session import conduct, read_corpus
+from megamoe.training.terminal import open_terminal
 from megamoe.training.trainer import Trainer
 
 WARMUP_STEPS = 5
@@ -104,8 +103,7 @@ class Profile(Trainer):
 
     def _report(self, figures: Mapping[str, Any]) -> None:
         write_json(self.folder.rooms, figures)
-        terminal = Console()
-        terminal = Console(width=None if terminal.is_terminal else LOG_WIDTH)
+        terminal = open_terminal()
         terminal.print(rooms_table(figures), highlight=False)
         terminal.print(f"traces: {self.folder.root}/rank-*.trace.json (https://ui.perfetto.dev opens them);"
                        f" figures: {self.folder.rooms}", highlight=False, soft_wrap=True)  # fmt: skip

@@ -1,0 +1,109 @@
+"""Where a training step makes the host wait for the device: where its arithmetic or DeepSpeed has to."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import megamoe
+from megamoe.config.schema import RouterConfig
+from megamoe.parallel.launch import read_launch, start
+from megamoe.training.callbacks import Callback, StepRecord
+from megamoe.training.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.training.runs import BF16, FP32, build_trainer, toy_run
+
+LOOKS = {
+    "item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__", "__float__", "__int__", "__index__",
+}  # fmt: skip
+ROOTS = {package.__name__: Path(package.__file__).parent for package in (megamoe, deepspeed)}
+
+EXPERTS_ON_A_CPU = "megamoe/moe/mixture.py"
+"""Expert by expert it must know how many tokens there are; GPUs compute all experts in one kernel."""
+
+AMONG_RANKS = {"megamoe/parallel/exchange.py", "megamoe/parallel/launch.py"}
+"""How many tokens travel, and whether a rank was told to stop."""
+NORM = {"megamoe/parallel/engine.py"}
+"""At stage 0 it decides whether there is a step."""
+STAGE_0: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+
+
+class Looks(TorchFunctionMode):
+    """Notes which files make the host look at a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[str] = set()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__ in LOOKS:
+            self.places.add(innermost_file())
+        return function(*args, **(kwargs or {}))
+
+
+def innermost_file() -> str:
+    """Of megamoe or DeepSpeed, whichever is deeper in the stack."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        for name, root in ROOTS.items():
+            if path.is_relative_to(root):
+                return f"{name}/{path.relative_to(root)}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+class Watch(Callback):
+    """Looks on from the end of step 2 to the end of step 5."""
+
+    def __init__(self) -> None:
+        self.looks = Looks()
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step == 2:
+            self.looks.__enter__()
+        if record.step == 5:
+            self.looks.__exit__(None, None, None)
+
+
+def places(folder: str, ds: dict[str, Any], router: str) -> set[str]:
+    """Where a rank looks at tensors while it trains."""
+    run = toy_run(
+        Path(folder) / router, training={"max_steps": 6, "grad_clip": 0 if ds == STAGE_0 else 1},
+        logging={"every": 100}, evaluation={"every": 0}, checkpoint={"every": 0},
+    )  # fmt: skip
+    run = replace(run, moe=replace(run.moe, router=RouterConfig(name=router)))
+    watch = Watch()
+    build_trainer(run, ds, start(read_launch()), [watch]).train()
+    return watch.looks.places
+
+
+def places_of_all(folder: str) -> dict[tuple[str, str], set[str]]:
+    """By policy and precision."""
+    return {
+        (router, name): places(f"{folder}/{name}", ds, router)
+        for router in ("hyper", "smoe", "switch", "noisy", "bias_balanced", "sigma", "omni")
+        for name, ds in (("fp32", FP32), ("bf16", BF16), ("stage 0", STAGE_0))
+    }
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_nothing_waits_but_what_has_to(tmp_path: Path, n_ranks: int) -> None:
+    needed = {EXPERTS_ON_A_CPU} | (AMONG_RANKS if n_ranks > 1 else set())
+    for by_run in run_ranks(places_of_all, n_ranks, str(tmp_path)):
+        for (router, name), found in by_run.items():
+            ours = {place for place in found if not place.startswith("deepspeed/")}
+            assert ours == needed | (NORM if name == "stage 0" else set()), (router, name)
+
+
+def test_looking_is_noticed() -> None:
+    with Looks() as looks:
+        for look in (float, int, bool, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero):
+            looks.places.clear()
+            look(torch.ones(()))
+            assert looks.places == {"elsewhere"}, look
