@@ -4,7 +4,7 @@ Shapes: T tokens, B batch, C context, D model width.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -112,7 +112,7 @@ class OurAttention(nn.Module):
 
 
 class OurTraining:
-    """Training steps under megamoe's engine, as its trainer does them."""
+    """Training steps under megamoe's engine, as its trainer does them, within a ``with`` block."""
 
     def __init__(self, run: RunConfig, top_k: int, world: World, stage: int = 1, dtype: str = "fp32") -> None:
         self.run, self.top_k, self.world = run, top_k, world
@@ -137,6 +137,12 @@ class OurTraining:
         update_routers(routers, [output.routings], self.world, self.steps)
         self.steps += 1
         return float(loss.detach())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.engine.close()
 
 
 class PlainTraining:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import torch
 
@@ -52,20 +53,21 @@ class Floor:
         self.adam.step()
 
 
-def ways_of(work: Work) -> list[Way]:
-    """All ways of doing the step."""
-    world = one_rank()
+def ways_of(work: Work, opened: ExitStack) -> list[Way]:
+    """All ways of doing the step, for as long as `opened` is."""
     run, linear, top_k = work.run(), work.run("smoe"), work.top_k
+
+    def training(run: RunConfig, dtype: str = "fp32") -> OurTraining:
+        return opened.enter_context(OurTraining(run, top_k, one_rank(), dtype=dtype))
+
     published = PublishedTraining(run, top_k)
     n_parameters = sum(parameter.numel() for parameter in published.model.parameters())
     ways = [way_of(PUBLISHED, run, published.step)]
     for name in DTYPES:
-        ours = OurTraining(run, top_k, world, dtype=name)
-        ways.append(way_of(OURS.format(name), run, ours.step))
-        compiled = OurTraining(run, top_k, world, dtype=name)
-        ways.append(way_of(COMPILED.format(name), run, with_kernels(compiled.step)))
+        ways.append(way_of(OURS.format(name), run, training(run, name).step))
+        ways.append(way_of(COMPILED.format(name), run, with_kernels(training(run, name).step)))
     for name, other in ((AGAIN, run), (LINEAR, linear)):
-        ways.append(way_of(name, run, OurTraining(other, top_k, world).step))
+        ways.append(way_of(name, run, training(other).step))
     for name, dtype in DTYPES.items():
         ways.append(Way(FLOOR.format(name), Floor(run, work.batch, top_k, dtype, n_parameters)))
     return ways
@@ -74,7 +76,8 @@ def ways_of(work: Work) -> list[Way]:
 def measure(sizes: Sizes, threads: int) -> Iterator[Case]:
     """Steps on one rank, of the small run and of a larger one; with one thread for each also on two ranks."""
     for work in filter(None, (sizes.small, sizes.large)):
-        seconds = sizes.step_turns.take(ways_of(work), clock_of(threads))
+        with ExitStack() as opened:
+            seconds = sizes.step_turns.take(ways_of(work, opened), clock_of(threads))
         settings = {"model": work.name, "batch": work.batch, "top_k": work.top_k, "threads": threads}
         yield Case(SECTION, settings, seconds)
     if threads == 1:
@@ -100,5 +103,5 @@ def measure_ranks(sizes: Sizes) -> Iterator[Case]:
 def seconds_of_steps(work: Work, dtype: str, turns: Turns) -> list[float]:
     """Wall time of steps on the ranks that this process is one of."""
     run = work.run()
-    ours = OurTraining(run, work.top_k, one_rank(), dtype=dtype)
-    return turns.take([way_of("ranks", run, ours.step)], time.perf_counter)["ranks"]
+    with OurTraining(run, work.top_k, one_rank(), dtype=dtype) as ours:
+        return turns.take([way_of("ranks", run, ours.step)], time.perf_counter)["ranks"]

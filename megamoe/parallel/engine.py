@@ -149,6 +149,10 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
 
+    def close(self) -> None:
+        """Let go of the model, which DeepSpeed's hooks would hold for ever; nothing works after it."""
+        self.deepspeed.destroy()
+
     def train(self) -> None:
         """Dropout and routing noise on."""
         self.deepspeed.train()
