@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.side_by_side import products
-from benchmarks.side_by_side.ours import OurAttention, with_kernels
+from benchmarks.side_by_side.ours import OurAttention, one_rank, with_kernels
 from benchmarks.side_by_side.peers.classic_attention import ClassicAttention, PlainAttention
 from benchmarks.side_by_side.sizes import Sizes
 from benchmarks.side_by_side.timing import DTYPES, Case, Way, cast, clock_of, deviation, forget_gradients
@@ -101,6 +101,7 @@ def agreement(ways: dict[str, nn.Module], context_BCD: torch.Tensor, dtype: str)
 
 def measure(sizes: Sizes, threads: int) -> Iterator[Case]:
     """fp32 and bf16."""
+    one_rank()  # with its settings of the allocator, for all alike
     run, batch = sizes.small.run(), sizes.attention_batch
     for name, dtype in DTYPES.items():
         forms = ways_of(run, dtype)
