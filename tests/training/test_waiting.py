@@ -63,6 +63,9 @@ class Looks(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.__name__ in LOOKS:
             self.places.add(innermost_file())
+        if function is torch.Tensor.backward:  # of a loss; inside a function this mode is off
+            with self:
+                return torch.autograd.backward(*args)
         return function(*args, **(kwargs or {}))
 
 
@@ -122,7 +125,11 @@ def test_nothing_waits_but_what_has_to(tmp_path: Path, n_ranks: int) -> None:
 
 
 def test_looking_is_noticed() -> None:
+    x = torch.ones((), requires_grad=True)
+    x.register_hook(lambda gradient: gradient * gradient.item())
     with Looks() as looks:
+        x.backward()
+        assert looks.places == {"elsewhere"}
         for look in (float, int, bool, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero):
             looks.places.clear()
             look(torch.ones(()))
