@@ -72,7 +72,11 @@ class Decoder:
             bias_v_AW=model.attention_bias_v,
         )
         self._context = RouterContext(
-            step=step, seed=model.seed, top_k=top_k, sequence_T=torch.arange(len(pasts), device=like.device)
+            step=step,
+            seed=model.seed,
+            top_k=top_k,
+            sequence_T=torch.arange(len(pasts), device=like.device),
+            n_sequences=len(pasts),
         )
         self._layers: list[Any] = list(model.layers)
         memories = zip(*(past.memory for past in pasts), strict=True)

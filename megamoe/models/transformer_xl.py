@@ -222,6 +222,7 @@ class Backbone(nn.Module):
             token_ids_T=token_ids_T,
             token_keys_T=token_keys_T,
             sequence_T=sequence_T,
+            n_sequences=len(input_ids_BS),
             domain_T2=None if domains_B2 is None else domains_B2[sequence_T],
             route_T=sequence_T // (len(input_ids_BS) // n_routes) if n_routes > 1 else None,
             ranks=self.ranks,

@@ -36,6 +36,7 @@ class RouterContext:
             training.
         sequence_T: the sequence of each token, 0 to B - 1, rising; within one, tokens are in order of
             time. None: all are of one sequence.
+        n_sequences: B, also of those without a token here.
         place_T: the place of each token in its segment, from 0; None: a sequence's tokens here are the first
             of its segment. See `selection.places_in_segments`.
         domain_T2: source and target domain of each token's sequence, 0 where unknown; None where the data
@@ -52,6 +53,7 @@ class RouterContext:
     token_ids_T: torch.Tensor | None = None
     token_keys_T: torch.Tensor | None = None
     sequence_T: torch.Tensor | None = None
+    n_sequences: int = 1
     place_T: torch.Tensor | None = None
     domain_T2: torch.Tensor | None = None
     route_T: torch.Tensor | None = None

@@ -58,8 +58,12 @@ def no_choices(x_TD: torch.Tensor) -> Routing:
 
 def choices_per_expert(expert_ids_TK: torch.Tensor, n_experts: int) -> torch.Tensor:
     """[E] int64, how many choices name each expert; those of -1 count nowhere."""
-    bins_N = expert_ids_TK.flatten() + 1
-    return bins_N.new_zeros(n_experts + 1).scatter_add(0, bins_N, torch.ones_like(bins_N))[1:]
+    return _counts(expert_ids_TK.flatten() + 1, n_experts + 1)[1:]
+
+
+def _counts(bins_N: torch.Tensor, n_bins: int) -> torch.Tensor:
+    """How many items are in each bin; for `torch.bincount` the host would wait for a GPU."""
+    return bins_N.new_zeros(n_bins).scatter_add(0, bins_N, torch.ones_like(bins_N))
 
 
 def sequences(
@@ -70,7 +74,7 @@ def sequences(
         sequence_T = torch.zeros(n_tokens, dtype=torch.long, device=device)
     else:
         sequence_T = context.sequence_T
-    return sequence_T, torch.bincount(sequence_T, minlength=1)
+    return sequence_T, _counts(sequence_T, context.n_sequences)
 
 
 def places_in_segments(context: RouterContext, n_tokens: int, device: torch.device) -> torch.Tensor:

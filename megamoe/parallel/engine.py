@@ -124,8 +124,10 @@ class Engine:
             if self.layout.zero_stage == 0:
                 return self._step_unsharded()
             self.deepspeed.step()
-            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())  # a number where it was skipped
-            return StepResult(norm, not self.deepspeed.was_step_applied())
+            norm = self.deepspeed.get_global_grad_norm()  # a number where it was skipped
+            return StepResult(
+                torch.as_tensor(norm, device=self.device), not self.deepspeed.was_step_applied()
+            )
 
     def _step_unsharded(self) -> StepResult:
         """DeepSpeed computes no norm at stage 0 and would step on gradients that are not finite.
@@ -142,7 +144,7 @@ class Engine:
         self.deepspeed.global_steps += 1
         self.deepspeed.skipped_steps += 1
         self.deepspeed.global_samples += self.deepspeed.train_batch_size()
-        return StepResult(torch.tensor(math.inf), skipped=True)
+        return StepResult(torch.tensor(math.inf, device=self.device), skipped=True)
 
     def set_learning_rate(self, lr: float) -> None:
         """Use `lr` from the next step on, in all groups."""

@@ -5,7 +5,7 @@ of tokens on their way, P choices; 2 numbers of each rank, those of its copies a
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,15 @@ def _exchange(
     return received
 
 
+class _Traffic(NamedTuple):
+    """How many copies and choices go to each rank and come from each."""
+
+    sent_copies: list[int]
+    sent_choices: list[int]
+    received_copies: list[int]
+    received_choices: list[int]
+
+
 @dataclass(frozen=True)
 class _Order:
     """Choices and copies of this rank's tokens in the order in which they are sent: by rank.
@@ -46,41 +55,41 @@ class _Order:
         choice_P: place in [T, K] of each choice that names an expert.
         code_P: its copy's place among those for the rank, times E / R, plus its expert's place there.
         copies: of the tokens.
-        counts_R2: how many copies and choices go to each rank.
     """
 
     choice_P: torch.Tensor
     code_P: torch.Tensor
     copies: Copies
-    counts_R2: torch.Tensor
 
     @classmethod
-    def of(cls, expert_ids_TK: torch.Tensor, n_local: int, n_ranks: int) -> "_Order":
-        """A token goes to every rank that owns one of its experts, once."""
+    def of(
+        cls, expert_ids_TK: torch.Tensor, rank_TK: torch.Tensor, goes_RT: torch.Tensor, n_local: int,
+        traffic: _Traffic,
+    ) -> "_Order":  # fmt: skip
+        """How many there are is known already; to find out, as indexing with a mask does, is a wait."""
         n_tokens, top_k = expert_ids_TK.shape
-        rank_TK = expert_ids_TK.div(n_local, rounding_mode="floor")  # that of -1 is -1
-        goes_TR = torch.zeros(n_tokens, n_ranks + 1, dtype=torch.bool, device=expert_ids_TK.device)
-        goes_RT = goes_TR.scatter_(1, rank_TK + 1, True)[:, 1:].t()
         place_RT = goes_RT.cumsum(1) - 1
-        rank_P, choice_P = rank_TK.flatten().sort(stable=True)
-        choices_R = (rank_TK.flatten() == torch.arange(n_ranks, device=rank_TK.device)[:, None]).sum(1)
-        named = rank_P >= 0
-        rank_P, choice_P = rank_P[named], choice_P[named]
+        rank_N, choice_N = rank_TK.flatten().sort(stable=True)
+        n_unnamed = len(rank_N) - sum(traffic.sent_choices)  # they stand first
+        rank_P, choice_P = rank_N[n_unnamed:], choice_N[n_unnamed:]
         code_P = place_RT[rank_P, choice_P // top_k] * n_local + expert_ids_TK.flatten()[choice_P] % n_local
-        copies = Copies.of(goes_RT.nonzero()[:, 1], n_tokens)
-        return cls(choice_P, code_P, copies, torch.stack([goes_RT.sum(1), choices_R], dim=1))
+        pair_N = (~goes_RT).flatten().argsort(stable=True)[: sum(traffic.sent_copies)]
+        return cls(choice_P, code_P, Copies.of(pair_N % n_tokens, n_tokens))
+
+
+def _destinations(rank_TK: torch.Tensor, n_ranks: int) -> torch.Tensor:
+    """Whether each rank owns one of the experts of each token, bool [R, T]."""
+    goes_TR = torch.zeros(len(rank_TK), n_ranks + 1, dtype=torch.bool, device=rank_TK.device)
+    return goes_TR.scatter_(1, rank_TK + 1, True)[:, 1:].t()
 
 
 @dataclass(frozen=True)
 class _WayHome:
-    """How a dispatch travelled: numbers of copies and of choices to and from each rank."""
+    """How a dispatch travelled."""
 
     order: _Order
     shape: torch.Size
-    sent_copies: list[int]
-    received_copies: list[int]
-    sent_choices: list[int]
-    received_choices: list[int]
+    traffic: _Traffic
 
 
 class AllToAllExchange:
@@ -106,10 +115,12 @@ class AllToAllExchange:
     ) -> Arrived:
         """Send tokens to the owners of their experts; choices of -1 go nowhere."""
         n_local = n_experts // self.n_ranks
-        order = _Order.of(expert_ids_TK, n_local, self.n_ranks)
-        way = self._agree(order, expert_ids_TK.shape)
-        copies = (way.sent_copies, way.received_copies, self.group)
-        choices = (way.sent_choices, way.received_choices, self.group)
+        rank_TK = expert_ids_TK.div(n_local, rounding_mode="floor")  # that of -1 is -1
+        goes_RT = _destinations(rank_TK, self.n_ranks)
+        received_R2, traffic = self._agree(rank_TK, goes_RT)
+        order = _Order.of(expert_ids_TK, rank_TK, goes_RT, n_local, traffic)
+        copies = (traffic.sent_copies, traffic.received_copies, self.group)
+        choices = (traffic.sent_choices, traffic.received_choices, self.group)
         x_ND = _AllToAll.apply(order.copies.gather(x_TD), *copies)
         code_P = _exchange(order.code_P, *choices)
         weights_P = keys_N = None
@@ -117,30 +128,35 @@ class AllToAllExchange:
             weights_P = _AllToAll.apply(weights_TK.flatten().index_select(0, order.choice_P), *choices)
         if keys_T is not None:
             keys_N = _exchange(keys_T.index_select(0, order.copies.token_N), *copies)
-        first_R = torch.tensor(way.received_copies).cumsum(0) - torch.tensor(way.received_copies)
-        sender_P = torch.tensor(way.received_choices)
-        first_P = first_R.repeat_interleave(sender_P).to(x_TD.device)
+        copies_R, choices_R = received_R2.unbind(1)
+        first_P = (copies_R.cumsum(0) - copies_R).repeat_interleave(choices_R, output_size=len(code_P))
+        way = _WayHome(order, expert_ids_TK.shape, traffic)
         return Arrived(x_ND, first_P + code_P // n_local, code_P % n_local, weights_P, keys_N, way)
 
-    def _agree(self, order: _Order, shape: torch.Size) -> _WayHome:
-        received_R2 = torch.empty_like(order.counts_R2)
-        dist.all_to_all_single(received_R2, order.counts_R2, group=self.group)
-        # One copy to the host serves all: each is a wait for the GPU.
-        counts = torch.cat([order.counts_R2, received_R2], dim=1).t().tolist()
-        return _WayHome(order, shape, counts[0], counts[2], counts[1], counts[3])
+    def _agree(self, rank_TK: torch.Tensor, goes_RT: torch.Tensor) -> tuple[torch.Tensor, _Traffic]:
+        """The numbers of copies and of choices that come from each rank, and all numbers on the host."""
+        choices_R = (rank_TK.flatten() == torch.arange(self.n_ranks, device=rank_TK.device)[:, None]).sum(1)
+        sent_R2 = torch.stack([goes_RT.sum(1), choices_R], dim=1)
+        received_R2 = torch.empty_like(sent_R2)
+        dist.all_to_all_single(received_R2, sent_R2, group=self.group)
+        # One copy to the host serves all: it is the one wait for the GPU of a dispatch.
+        return received_R2, _Traffic(*torch.cat([sent_R2, received_R2], dim=1).t().tolist())
 
     def bring_home(self, y_ND: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         """Send what this rank's experts made of the tokens back, and sum what all ranks' made of ours."""
         way = arrived.way_home
         assert isinstance(way, _WayHome)
-        home_ND = _AllToAll.apply(y_ND, way.received_copies, way.sent_copies, self.group)
+        traffic = way.traffic
+        home_ND = _AllToAll.apply(y_ND, traffic.received_copies, traffic.sent_copies, self.group)
         return way.order.copies.sum(home_ND)
 
     def bring_choices_home(self, rows_PD: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         """Send each choice's row back."""
         way = arrived.way_home
         assert isinstance(way, _WayHome)
-        home_PD = at_least_fp32(_AllToAll.apply(rows_PD, way.received_choices, way.sent_choices, self.group))
+        traffic = way.traffic
+        home_PD = _AllToAll.apply(rows_PD, traffic.received_choices, traffic.sent_choices, self.group)
+        home_PD = at_least_fp32(home_PD)
         flat = home_PD.new_zeros(way.shape.numel(), home_PD.shape[1])
         return flat.index_copy(0, way.order.choice_P, home_PD).unflatten(0, way.shape)
 

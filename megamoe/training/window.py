@@ -35,15 +35,16 @@ class Window:
     def figures(self, record: StepRecord, world: World, metric: str) -> dict[str, Any]:
         """Figures of the interval that `record` ends, named ``group/name``; every rank must ask.
 
-        Losses are means over steps and ranks.
+        Losses are means over steps and ranks; the gradient norm is that of `record`.
         """
-        names = list(self._losses)
-        sums = torch.stack([torch.stack(values).double().mean() for values in self._losses.values()])
-        figures: dict[str, Any] = dict(zip(names, world.mean(sums).tolist(), strict=True))
+        values = {name: torch.stack(losses).double().mean() for name, losses in self._losses.items()}
+        # Equal on all ranks; among the losses it costs no further wait for the device.
+        values["train/grad_norm"] = record.grad_norm.double()
+        means = world.mean(torch.stack(list(values.values()))).tolist()
+        figures: dict[str, Any] = dict(zip(values, means, strict=True))
         return figures | {
             f"train/{metric}": in_metric(figures["train/loss"], metric),
             "train/lr": record.lr,
-            "train/grad_norm": float(record.grad_norm),
             "train/top_k": record.top_k,
             "train/skipped_steps": self._skipped,
             "train/tokens_per_second": self._tokens / self._seconds,

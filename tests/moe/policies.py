@@ -70,6 +70,7 @@ def context_of(top_k: int = 2, step: int = STEP, rows: range = range(B), seed: i
         token_ids_T=ids_TV[rows.start * S :],
         token_keys_T=token_keys(seed, step, rows, S).flatten(),
         sequence_T=torch.arange(len(rows)).repeat_interleave(S),
+        n_sequences=len(rows),
         route_T=(row_B % 2).repeat_interleave(S),
         domain_T2=torch.stack([(2 - row_B) % 3, row_B % 3], 1).repeat_interleave(S, 0),
         previous=Routing(below_TK, top_TK.softmax(-1), logits_TE),

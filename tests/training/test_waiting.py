@@ -1,6 +1,7 @@
 """Where a training step makes the host wait for the device: where its arithmetic or DeepSpeed has to."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,22 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.overrides import TorchFunctionMode
 
 import megamoe
 from megamoe.config.schema import RouterConfig
+from megamoe.models.model_of import model_of
+from megamoe.moe import experts
+from megamoe.moe.auxiliary import auxiliary_loss
+from megamoe.moe.grouped import mix_grouped
+from megamoe.moe.ranks import ONE_RANK
+from megamoe.moe.routers.registry import BUILT_IN
+from megamoe.moe.updates import update_routers
 from megamoe.parallel.launch import read_launch, start
 from megamoe.training.callbacks import Callback, StepRecord
 from megamoe.training.trainer import Trainer
@@ -30,6 +43,13 @@ AMONG_RANKS = {"megamoe/parallel/exchange.py", "megamoe/parallel/launch.py"}
 """How many tokens travel, and whether a rank was told to stop."""
 NORM = {"megamoe/parallel/engine.py"}
 """At stage 0 it decides whether there is a step."""
+LOOKING = {
+    "base": "assigns by an algorithm that runs on the host",
+    "lms": "multiplies each sequence by matrices of its own",
+    "similarity": "compares the pairs of experts that its table says are due",
+    "stable": "asks whether its first stage is over",
+}
+"""Policies that have to look, with the reason."""
 STAGE_0: dict[str, Any] = {"zero_optimization": {"stage": 0}}
 
 
@@ -43,6 +63,9 @@ class Looks(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.__name__ in LOOKS:
             self.places.add(innermost_file())
+        if function is torch.Tensor.backward:  # of a loss; inside a function this mode is off
+            with self:
+                return torch.autograd.backward(*args)
         return function(*args, **(kwargs or {}))
 
 
@@ -102,8 +125,47 @@ def test_nothing_waits_but_what_has_to(tmp_path: Path, n_ranks: int) -> None:
 
 
 def test_looking_is_noticed() -> None:
+    x = torch.ones((), requires_grad=True)
+    x.register_hook(lambda gradient: gradient * gradient.item())
     with Looks() as looks:
+        x.backward()
+        assert looks.places == {"elsewhere"}
         for look in (float, int, bool, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero):
             looks.places.clear()
             look(torch.ones(()))
             assert looks.places == {"elsewhere"}, look
+
+
+def step_of(model: Any, run: Any, input_ids_BS: torch.Tensor, step: int) -> None:
+    """What a training step computes outside the optimizer."""
+    output = model(input_ids_BS, input_ids_BS, top_k=2, step=step)
+    auxiliary, _ = auxiliary_loss(output.routings, run.moe, ONE_RANK.mean)
+    (output.loss_BS.mean() + auxiliary).backward()
+    update_routers([layer.router for layer in model.moe_layers], [output.routings], ONE_RANK, step)
+
+
+def empty(module: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Leave the tensors of `module` their shapes and take their numbers."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer if buffer is None else mode.from_tensor(buffer)
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(mode.from_tensor(parameter.data))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_models_on_gpus_look_at_no_number(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the experts in one kernel, on tensors without numbers: to look, or to count, is an error."""
+    run = toy_run(tmp_path, model={"vocab_size": 11, "n_layers": 2}, moe={"balance_loss": "auto"})
+    run = replace(run, moe=replace(run.moe, router=RouterConfig(name=name)))
+    model = model_of(run).bfloat16()
+    ids_BS = torch.arange(24).view(4, 6) % 11
+    step_of(model, run, ids_BS, 0)  # what a policy draws on the host for many steps is drawn
+    monkeypatch.setattr(experts, "choose_path", lambda x_ND, w_in: mix_grouped)
+    mode = FakeTensorMode()
+    empty(model, mode)
+    ids_BS = mode.from_tensor(ids_BS)
+    looks = pytest.raises((DataDependentOutputException, DynamicOutputShapeException))
+    with mode, looks if name in LOOKING else nullcontext():
+        step_of(model, run, ids_BS, 1)

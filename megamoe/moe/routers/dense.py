@@ -57,7 +57,7 @@ class DenseRouter(Router):
             draws = generator(context.seed, "dense drop", context.step, self.spec.layer)
             survival_E = torch.rand(n_experts, generator=draws)
             keep_E = survival_E >= min(drop, survival_E.max().item())
-        keep_E = keep_E.to(x_TD.device)
+        keep_E = keep_E.to(x_TD.device, non_blocking=True)
         ids_E = torch.arange(n_experts, device=x_TD.device).where(keep_E, -1)
         n_tokens = x_TD.shape[0]
         return Routing(ids_E.expand(n_tokens, -1), keep_E.float().expand(n_tokens, -1))

@@ -77,4 +77,4 @@ class ReLURouter(LinearRouter):
 
     def update(self, statistics_LN: torch.Tensor, step: int) -> None:
         """Move lambda towards the target, by the mean excess over layers."""
-        self.lambda_ *= self.options.rate ** statistics_LN.mean().sign().item()
+        self.lambda_ *= self.options.rate ** statistics_LN.mean().sign().double()

@@ -104,8 +104,7 @@ class StratifiedRouter(Router):
 
     def _next_gate(self, first_T: torch.Tensor) -> torch.Tensor:
         """The gate above the stratum of each token's first choice, [T]."""
-        upper_starts = torch.tensor(self.starts[1:], device=first_T.device)
-        return 1 + (first_T[:, None] >= upper_starts).sum(-1)
+        return sum((first_T >= start for start in self.starts[1:]), torch.ones_like(first_T))
 
     def _normalised(self, gate: int, x_TD: torch.Tensor) -> torch.Tensor:
         gain_D, bias_D = map(at_least_fp32, self.norms[gate].parameters())

@@ -61,9 +61,10 @@ class ThorRouter(Router):
         """Draw."""
         n_tokens, n_experts = len(x_TD), self.spec.n_experts
         if self.training:
-            route_T = torch.zeros(n_tokens, dtype=torch.long) if context.route_T is None else context.route_T
+            zeros_T = torch.zeros(n_tokens, dtype=torch.long, device=x_TD.device)
+            route_T = zeros_T if context.route_T is None else context.route_T
             drawn_R = torch.randint(n_experts, (2,), generator=self.spec.generator("draw", context.step))
-            ids_T = drawn_R.to(x_TD.device)[route_T.to(x_TD.device)]
+            ids_T = drawn_R.to(x_TD.device, non_blocking=True)[route_T]
         else:
             places_T = places_in_segments(context, n_tokens, x_TD.device)
             ids_T = self.spec.lasting_uniform("draw", places_T, n_experts).argmax(-1)
