@@ -2,7 +2,7 @@
 
 import argparse
 
-from megamoe.cli.train import add_deepspeed_arguments, add_local_rank, read_launch_arguments
+from megamoe.cli.train import add_deepspeed_arguments, add_local_rank, add_profile, read_launch_arguments
 from megamoe.config.recipes import RECIPES
 from megamoe.training import signals
 
@@ -16,8 +16,8 @@ EXAMPLES = """\
 
 Without --data the bundled film review sentences are read; docs/finetuning.md shows the forms of the others.
 The run folder is OUTPUT_DIR/NAME (runs/TASK-ROUTER where no name is given); the same command goes on
-from its newest checkpoint, and `megamoe evaluate RUN` scores it again. `megamoe config --reference`
-lists all options."""
+from its newest checkpoint, and `megamoe evaluate RUN` scores it again. --profile is that of megamoe train.
+`megamoe config --reference` lists all options."""
 TASKS = ("sst2", "sst5", "imdb", "banking77")
 
 
@@ -44,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="", metavar="FILE", help="TOML or JSON, laid over the recipe")
     add_deepspeed_arguments(parser)
     add_local_rank(parser)
+    add_profile(parser)
     parser.set_defaults(takes_overrides=True)
 
 
@@ -60,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from megamoe.training.finetune import configure_finetuning, finetune
 
     config = configure_finetuning(args.checkpoint, args.recipe, args.config, overrides)
-    finetune(config, ds, launch)
+    if args.profile:
+        from megamoe.training.profile.trainer import profile_finetuning
+
+        profile_finetuning(config, ds, launch)
+    else:
+        finetune(config, ds, launch)
     signals.ignore()
     return 0

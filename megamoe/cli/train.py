@@ -34,10 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_deepspeed_arguments(parser)
     add_local_rank(parser)
-    parser.add_argument(
-        "--profile", action="store_true",
-        help="in place of training, show where the time of a few steps goes (logging.profile_steps)",
-    )  # fmt: skip
+    add_profile(parser)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +64,14 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Declare the argument that asks for a profile."""
+    parser.add_argument(
+        "--profile", action="store_true",
+        help="in place of training, show where the time of a few steps goes (logging.profile_steps)",
+    )  # fmt: skip
+
+
 def read_run(args: argparse.Namespace) -> RunConfig:
     """The named config of a run that `add_config_arguments` describes."""
     return named(load_config(preset=args.preset, file=args.config, overrides=args.overrides), args.preset)
@@ -91,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
     ds, launch = read_launch_arguments(args)
 
     if args.profile:
-        from megamoe.training.profile.trainer import profile
+        from megamoe.training.profile.trainer import profile_training
 
-        profile(config, ds, launch)
+        profile_training(config, ds, launch)
     else:
         from megamoe.training.session import train
 

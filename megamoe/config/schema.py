@@ -315,7 +315,7 @@ class LoggingConfig:
     tensorboard: bool = option(True, "write TensorBoard events into the run folder")
     wandb: bool = option(False, "report to Weights & Biases, which must be installed")
     wandb_project: str = option("megamoe", "project there")
-    profile_steps: int = option(3, "steps that megamoe train --profile times, and as many that it records")
+    profile_steps: int = option(3, "steps that --profile times, and as many that it counts and records")
 
     def __post_init__(self) -> None:
         require_positive("logging", self, "every", "profile_steps")

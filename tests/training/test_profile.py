@@ -33,6 +33,10 @@ ARGUMENTS = (
     "train", "--config", "toy.toml", "--deepspeed_config", "fp32.json", "name=toy", "moe.layers=1",
     f"logging.profile_steps={N_STEPS}", "logging.tensorboard=false",
 )  # fmt: skip
+FINETUNE = (
+    "finetune", "--task", "sst2", "--checkpoint", "runs/toy", "--deepspeed_config", "fp32.json", "--profile",
+    "name=classifier", "training.batch_size=8", f"logging.profile_steps={N_STEPS}",
+)  # fmt: skip
 ROOMS = {
     "attention", "routing", "experts", "exchange", "feed_forward", "loss", "optimizer", "data", "rest",
 }  # fmt: skip
@@ -57,10 +61,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outputs(project: Path) -> list[str]:
-    """What is printed by a profile, a run of the same name, a profile beside it, and the run again."""
+    """What five commands on one text print, and the profile of a classifier that starts from it."""
     profile = [*ARGUMENTS, "--profile"]
     copies = [*profile, "name=trained", "checkpoint.resume=runs/toy"]
-    commands = json.dumps([profile, ARGUMENTS, copies, profile, ARGUMENTS])
+    commands = json.dumps([profile, ARGUMENTS, copies, profile, ARGUMENTS, FINETUNE])
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL_COMMANDS, commands], cwd=project, env=environment(),
         capture_output=True, text=True, timeout=PATIENCE_SECONDS,
@@ -126,14 +130,22 @@ def test_a_run_of_the_same_name_is_untouched(outputs, project):
     assert "resuming" not in outputs[1]
     assert "all 6 steps are done and scored" in outputs[4]
     assert not (project / "runs/toy/profile/checkpoints").exists()
-    assert figures_of(project / "runs/toy")["last_step"] == 6 + 2 * N_STEPS
+    assert figures_of(project / "runs/toy")["last_step"] == 5 + 3 * N_STEPS
     log = (project / "runs/toy/metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in log.splitlines() if "train/loss" in line] == [2, 4, 6]
 
 
 def test_the_steps_of_a_trained_model_are_profiled_on_request(outputs, project):
-    assert figures_of(project / "runs/trained")["last_step"] == 6 + 6 + 2 * N_STEPS
+    assert figures_of(project / "runs/trained")["last_step"] == 6 + 5 + 3 * N_STEPS
     assert {path.name for path in (project / "runs/trained").iterdir()} == {"profile"}
+
+
+def test_fine_tuning_is_profiled_too(outputs, project):
+    assert "time of a step by room" in outputs[5]
+    assert {path.name for path in (project / "runs/classifier").iterdir()} == {"profile"}
+    figures = figures_of(project / "runs/classifier")
+    require_rooms_of_the_steps(figures, project / "runs/classifier/profile/rank-00000.trace.json")
+    assert figures["last_step"] == 5 + 3 * N_STEPS
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""``megamoe train --profile``: a few steps of a run, recorded."""
+"""``--profile`` of ``megamoe train`` and ``megamoe finetune``: a few steps of a run, recorded."""
 
 import os
 import time
@@ -15,6 +15,8 @@ from megamoe.moe.rooms import room
 from megamoe.parallel.launch import Launch
 from megamoe.training import signals
 from megamoe.training.callbacks.callback import StepRecord
+from megamoe.training.classifier_trainer import ClassifierTrainer
+from megamoe.training.finetune import read_sentences
 from megamoe.training.preflight.measure import arithmetic_speed
 from megamoe.training.profile.flops import flop_counter
 from megamoe.training.profile.report import rooms_table
@@ -28,20 +30,29 @@ WARMUP_STEPS = 5
 """The memory of Transformer-XL fills, DeepSpeed allocates, and products of new shapes are compiled."""
 
 
-def profile(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
+def profile_training(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
     """Record a few steps of `run`; every process of the launch calls this.
 
     The profile is a run of its own in the folder ``profile`` of the run folder, so that it neither goes on
     with the run nor is gone on with; arguments and errors are those of `megamoe.training.session.train`.
     """
-    conduct(replace(run, name=f"{run.name}/profile"), ds, launch, read_corpus, Profile)
+    conduct(_apart(run), ds, launch, read_corpus, Profile)
+
+
+def profile_finetuning(run: RunConfig, ds: Mapping[str, Any], launch: Launch) -> None:
+    """The same for what `megamoe.training.finetune.finetune` trains."""
+    conduct(_apart(run), ds, launch, read_sentences, ClassifierProfile)
+
+
+def _apart(run: RunConfig) -> RunConfig:
+    return replace(run, name=f"{run.name}/profile")
 
 
 class Profile(Trainer):
     """Takes a few steps in place of training to the end, and tells where their time went.
 
-    After `WARMUP_STEPS` steps and one whose operations are counted, `logging.profile_steps` steps are timed
-    and as many recorded, since recording takes time. Nothing is logged or saved.
+    After `WARMUP_STEPS` steps, the operations of `logging.profile_steps` steps are counted, as many are
+    timed and as many recorded, since counting and recording take time. Nothing is logged or saved.
     """
 
     def _run_to_end(self) -> None:
@@ -49,19 +60,21 @@ class Profile(Trainer):
         n_steps = self.run.logging.profile_steps
         self._take_steps(WARMUP_STEPS)
         with flop_counter() as counter:
-            self._take_steps(1)
+            self._take_steps(n_steps)
         peak = arithmetic_speed(self.world, self.engine.product_dtype)
+        tokens_before = self.tokens
         record, seconds = self._take_steps(n_steps)
+        tokens = (self.tokens - tokens_before) / n_steps
         recorded = self._record(n_steps)
         self._write_trace(recorded)
-        flops = counter.get_total_flops()
+        flops = counter.get_total_flops() // n_steps
         if self.world.is_main:
             on_device = self.world.device.type != "cpu"
             self._report({
                 "steps": n_steps, "last_step": self.step, "top_k": record.top_k,
                 "ranks": self.world.world_size,
                 "dtype": str(self.engine.product_dtype).removeprefix("torch."),
-                "step_seconds": seconds, "tokens_per_second": record.tokens / seconds,
+                "step_seconds": seconds, "tokens_per_second": tokens / seconds,
                 "flops_per_step": flops, "gemm_peak_flops": peak, "mfu": flops / seconds / peak,
                 "time": "time on the GPU" if on_device else "time of the process",
                 "rooms": time_by_room(recorded.events(), n_steps, on_device=on_device),
@@ -112,3 +125,7 @@ class Profile(Trainer):
         asked = signals.agreed(self.world)
         if asked is not None:
             raise StoppedError(f"stopped on {asked.name} before the profile was written")
+
+
+class ClassifierProfile(Profile, ClassifierTrainer):
+    """The same of the steps that train a classifier."""
