@@ -1,6 +1,7 @@
 """Where a training step makes the host wait for the device: where its arithmetic or DeepSpeed has to."""
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.overrides import TorchFunctionMode
 
 import megamoe
 from megamoe.config.schema import RouterConfig
@@ -31,9 +31,11 @@ from megamoe.training.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.training.runs import BF16, FP32, build_trainer, toy_run
 
-LOOKS = {
-    "item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__", "__float__", "__int__", "__index__",
-}  # fmt: skip
+LOOKS = [
+    *((torch.Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "nonzero", "equal")),
+    *((torch.Tensor, f"__{name}__") for name in ("bool", "float", "int", "index")),
+    (torch, "nonzero"), (torch, "equal"),
+]  # fmt: skip
 ROOTS = {package.__name__: Path(package.__file__).parent for package in (megamoe, deepspeed)}
 
 EXPERTS_ON_A_CPU = "megamoe/moe/mixture.py"
@@ -53,20 +55,27 @@ LOOKING = {
 STAGE_0: dict[str, Any] = {"zero_optimization": {"stage": 0}}
 
 
-class Looks(TorchFunctionMode):
-    """Notes which files make the host look at a tensor."""
+class Looks:
+    """Notes which files make the host look at a tensor, in forward and in backward passes."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.places: set[str] = set()
+        self._patch = pytest.MonkeyPatch()
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__name__ in LOOKS:
+    def __enter__(self) -> "Looks":
+        for owner, name in LOOKS:
+            self._patch.setattr(owner, name, self._noting(getattr(owner, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+    def _noting(self, look: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:
             self.places.add(innermost_file())
-        if function is torch.Tensor.backward:  # of a loss; inside a function this mode is off
-            with self:
-                return torch.autograd.backward(*args)
-        return function(*args, **(kwargs or {}))
+            return look(*args, **kwargs)
+
+        return noting
 
 
 def innermost_file() -> str:
