@@ -9,23 +9,19 @@ round, and medians count; of CPU time on a CPU, so that other jobs of the machin
 """
 
 import argparse
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.nn.functional import dropout
 
-from benchmarks.record import add_output, keep
+from benchmarks.record import add_output, facts, keep
 from megamoe.config import RunConfig, load_config
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe import mixture
@@ -196,13 +192,7 @@ def main() -> int:
     runs = {name: load_config(preset=name) for name in PRESETS}
     first = runs[PRESETS[0]]
     p = first.model.dropout
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} shared CPU cores"
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.dropout", *sys.argv[1:]]),
-        "clock": "wall time" if device.type == "cuda" else "CPU time",
-        "date": date.today().isoformat(),
-        "machine": f"{where} ({platform.machine()}), torch {torch.__version__} on"
-        f" {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the start",
+    result: dict[str, Any] = facts("benchmarks.dropout", device) | {
         "dtype": args.dtype, "batch_size": args.batch_size, "rounds": args.rounds, "p": p,
     }  # fmt: skip
     result["alone"] = {

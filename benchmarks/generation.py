@@ -13,20 +13,16 @@ of CPU time on a CPU, so that other jobs of the machine count little.
 """
 
 import argparse
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from typing import Any
 
 import torch
 from torch.testing import assert_close
 
 from benchmarks.dropout import medians
-from benchmarks.record import add_output, keep
+from benchmarks.record import add_output, facts, keep
 from megamoe.config import RunConfig, load_config
 from megamoe.models.decoding import Decoder, read_text
 from megamoe.models.transformer_xl import TransformerXL
@@ -147,13 +143,7 @@ def main() -> int:
     args = parser.parse_args()
     device, run = torch.device(args.device), load_config(preset=args.preset)
     model = TransformerXL(replace(run.model, vocab_size=VOCAB_SIZE), run.moe, seed=1).to(device).eval()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} shared CPU cores"
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.generation", *sys.argv[1:]]),
-        "clock": "wall time" if device.type == "cuda" else "CPU time",
-        "date": date.today().isoformat(),
-        "machine": f"{where} ({platform.machine()}), torch {torch.__version__} on"
-        f" {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the start",
+    result: dict[str, Any] = facts("benchmarks.generation", device) | {
         "preset": args.preset, "vocab_size": VOCAB_SIZE, "top_k": run.moe.top_k,
         "window": text_span(run).memory_len, "rounds": args.rounds, "in_a_row": IN_A_ROW,
     }  # fmt: skip

@@ -2,9 +2,29 @@
 
 import argparse
 import json
+import os
+import platform
+import shlex
+import sys
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+import torch
+
+
+def facts(module: str, device: torch.device) -> dict[str, Any]:
+    """By which command, when and on what machine `module` measures, and by which clock."""
+    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_gpu else f"{os.cpu_count()} shared CPU cores"
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "clock": "wall time" if on_gpu else "CPU time",
+        "date": date.today().isoformat(),
+        "machine": f"{where} ({platform.machine()}), torch {torch.__version__} on"
+        f" {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the start",
+    }
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

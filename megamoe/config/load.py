@@ -143,7 +143,10 @@ def _without_options_of_another_router(
 
 def _collect_router_options(values: Mapping[str, Any]) -> dict[str, Any]:
     own = {"name", "options"}
-    options = dict(values.get("options") or {})
+    given = values.get("options") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"moe.router.options = {given!r}: is no option, set one of them as moe.router.NAME")
+    options = dict(given)
     options.update({key: value for key, value in values.items() if key not in own})
     return {"options": options} | ({"name": values["name"]} if "name" in values else {})
 

@@ -24,16 +24,26 @@ def load() -> Path:
         for each source, torch and processor, so that machines of a cluster may share their home.
 
     Raises:
-        ConfigError: there is no compiler, or it fails.
+        ConfigError: there is no compiler, it fails, or what it has built is damaged.
     """
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     library = Path(root) / f"{NAME}-{_digest()}" / f"{NAME}.so"
-    if library.exists():
-        torch.ops.load_library(library)
-    else:
-        _build_and_load(library)
+    try:
+        if library.exists():
+            torch.ops.load_library(library)
+        else:
+            _build_and_load(library)
+    except (OSError, RuntimeError) as error:
+        why = str(error).strip().splitlines()[0]
+        what, remedy = "built", "install a C++ compiler such as g++"
+        if library.exists():
+            what, remedy = "loaded", f"remove {library.parent}"
+        raise ConfigError(
+            f"training.kernels = 'compiled': cannot be {what} ({why}); {remedy}, or set"
+            " training.kernels=torch"
+        ) from error
     return library
 
 
@@ -41,20 +51,13 @@ def _build_and_load(library: Path) -> None:
     """Build beside the place and move: processes that build at once do not wait for each other's locks."""
     from torch.utils import cpp_extension
 
-    try:
-        library.parent.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{NAME}-", dir=library.parent.parent) as scratch:
-            cpp_extension.load(
-                NAME, [str(SOURCE)], extra_cflags=_flags(), build_directory=scratch, is_python_module=False
-            )
-            library.parent.mkdir(exist_ok=True)
-            (Path(scratch) / library.name).replace(library)
-    except (OSError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"training.kernels = 'compiled': cannot be built ({why}); install a C++ compiler such as"
-            " g++, or set training.kernels=torch"
-        ) from error
+    library.parent.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{NAME}-", dir=library.parent.parent) as scratch:
+        cpp_extension.load(
+            NAME, [str(SOURCE)], extra_cflags=_flags(), build_directory=scratch, is_python_module=False
+        )
+        library.parent.mkdir(exist_ok=True)
+        (Path(scratch) / library.name).replace(library)
 
 
 def _flags() -> list[str]:

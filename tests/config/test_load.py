@@ -53,6 +53,7 @@ def test_override_strings_become_typed_values(override, section, field, expected
         ("moe.topk=3", r"moe\.topk = '3': unknown key, did you mean 'top_k'\?"),
         ("mode.n_layers=3", r"mode = .*did you mean 'model'\?"),
         ("model=3", "model = '3': is a section"),
+        ("moe.router.options={}", r"moe\.router\.options = .* set one of them as moe.router.NAME"),
         ("model.n_layers.x=3", r"model\.n_layers = .*expected a number"),
         ("model.n_layers=0", r"model\.n_layers = 0: give a number above 0"),
         ("model.n_layers=2.5", r"model\.n_layers = '2\.5': expected a whole number"),

@@ -35,6 +35,17 @@ def test_are_built_once_by_however_many_start_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [library.parent.name]
 
 
+def test_a_damaged_library_is_named_with_the_remedy(tmp_path: Path) -> None:
+    place = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    name = "from megamoe.kernels import build; print(f'{build.NAME}-{build._digest()}')"
+    folder = tmp_path / start("-c", name).communicate(timeout=240)[0].split()[-1]
+    folder.mkdir()
+    (folder / "megamoe_kernels.so").write_bytes(b"no library")
+    output, _ = start("-c", USE, **place).communicate(timeout=240)
+    assert f"ConfigError: training.kernels = 'compiled': cannot be loaded (" in output
+    assert f"; remove {folder}, or set training.kernels=torch" in output
+
+
 def losses(tmp_path: Path, name: str, *more: str, **changes: str) -> tuple[list[float], str]:
     arguments = (*TRAIN, f"output_dir={tmp_path}", f"name={name}", *more)
     process = start("-m", *arguments, **changes)
