@@ -42,7 +42,7 @@ def test_a_damaged_library_is_named_with_the_remedy(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "megamoe_kernels.so").write_bytes(b"no library")
     output, _ = start("-c", USE, **place).communicate(timeout=240)
-    assert f"ConfigError: training.kernels = 'compiled': cannot be loaded (" in output
+    assert "ConfigError: training.kernels = 'compiled': cannot be loaded (" in output
     assert f"; remove {folder}, or set training.kernels=torch" in output
 
 
