@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megamoe.compress.settings import METHODS, RANKED_BY, RESIDUALS, Settings
 from megamoe.errors import ConfigError, MegaMoEError
 
-DEFAULT_KEEP, DEFAULT_KEEPS = (0.25,), (0.1, 0.25, 0.5, 0.75)
+KEEPS = (0.1, 0.25, 0.5, 0.75)
+MAX_TOKENS = 65536
 # Options that only one method knows.
 OF_METHOD = {"residual": "resmoe", "starts": "resmoe", "by": "drop"}
 
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "output", type=Path, metavar="OUT", nargs="?", help="folder to make; not with --curve"
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--method", choices=("resmoe", "svd", "prune", "merge", "drop"), help="see above")
+    what.add_argument("--method", choices=METHODS, help="see above")
     what.add_argument(
         "--curve", type=Path, metavar="PNG", help="instead draw every method's figures against its bytes"
     )
@@ -68,16 +70,25 @@ def _parser() -> argparse.ArgumentParser:
         "--keep",
         type=_fractions,
         metavar="S",
-        help="fraction in (0, 1] of each residual or expert, or of the experts, to keep (default: 0.25); with"
-        " --curve several (default: 0.1,0.25,0.5,0.75)",
+        help="fraction in (0, 1] of each residual or expert, or of the experts, to keep (default:"
+        f" {Settings.keep}); with --curve several (default: {','.join(map(str, KEEPS))})",
     )
-    parser.add_argument("--residual", choices=("prune", "svd"), help="of resmoe (default: prune)")
-    parser.add_argument("--starts", type=int, metavar="N", help="of resmoe, of the search (default: 4)")
+    parser.add_argument(
+        "--residual",
+        choices=RESIDUALS,
+        help=f"of resmoe, what becomes of residuals (default: {Settings.residual})",
+    )
+    parser.add_argument(
+        "--starts",
+        type=int,
+        metavar="N",
+        help=f"of resmoe, starts of the search for the barycenter (default: {Settings.starts})",
+    )
     parser.add_argument(
         "--by",
-        choices=("contribution", "frequency"),
+        choices=RANKED_BY,
         help="of drop, an expert's worth: its weight times the norm of its output, summed over tokens, or how"
-        " often it is chosen (default: contribution)",
+        f" often it is chosen (default: {Settings.by})",
     )
     parser.add_argument(
         "--score", action="store_true", help="score before and after at every k, on valid text"
@@ -85,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=65536,
+        default=MAX_TOKENS,
         metavar="N",
         help="read about so many tokens of the valid text, to score and to see which experts are used; 0"
         " reads all (default: %(default)s)",
@@ -111,13 +122,13 @@ def _fractions(text: str) -> tuple[float, ...]:
 def _compress(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from megamoe.compress.methods import Settings, compress
+    from megamoe.compress.methods import compress
     from megamoe.compress.report import report
     from megamoe.compress.source import Source
 
     if args.output is None:
         raise ConfigError("OUT: missing; name the folder to make")
-    keep = args.keep or DEFAULT_KEEP
+    keep = args.keep or (Settings.keep,)
     if len(keep) > 1:
         raise ConfigError(f"--keep = {','.join(map(str, keep))}: several are for --curve; give one")
     settings = Settings(method=args.method, keep=keep[0], **_own_options(args))
@@ -154,7 +165,7 @@ def _curve(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--curve = {str(args.curve)!r}: scores anyway and keeps no checkpoint; leave OUT out"
         )
-    found = measure_curve(Source(args.input, args.set, args.max_tokens), args.keep or DEFAULT_KEEPS)
+    found = measure_curve(Source(args.input, args.set, args.max_tokens), args.keep or KEEPS)
     plot_curve(found, args.curve)
     if args.json:
         print(json.dumps(found, indent=1))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megamoe.checkpoint.exported import ExportReader
-from megamoe.checkpoint.format import COMPRESSED, COMPRESSION, is_compressed, parse_object
+from megamoe.checkpoint.format import COMPRESSED, COMPRESSION, EXPERT_MODES, is_compressed, parse_object
 from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.errors import CheckpointError, ConfigError
 from megamoe.models.transformer_xl import Backbone
@@ -28,17 +28,14 @@ from megamoe.moe.compressed import Compressed, FactoredExperts, OnTheFlyExperts
 
 CENTRE = "centre"
 REPLACED = ("w_in", "b_in", "w_out")
-"""What the compressed tensors of a layer stand for; b_out stays as it is."""
-MODES = ("restore", "on_the_fly", "factored")
-"""What becomes of compressed experts on loading: dense weights at once, dense weights of one expert while
-it is used, or none, by the factored form of residuals of low rank."""
+"""What the compressed tensors of a layer stand for; b_out is not compressed."""
 
 
 @dataclass(frozen=True)
 class Loss:
     """What compression has done to the experts of a layer, as shares of the sum of their squared weights.
 
-    The output biases, which are kept, do not count.
+    The output biases do not count.
 
     Attributes:
         residual: in the residuals before they were coded; 1 where there is no centre.
@@ -69,8 +66,8 @@ class Compression:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Those of `MODES` in which its experts can be loaded."""
-        return MODES if self.coding == LowRank.NAME else MODES[:2]
+        """Those of `EXPERT_MODES` in which its experts can be loaded."""
+        return EXPERT_MODES if self.coding == LowRank.NAME else EXPERT_MODES[:2]
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -120,7 +117,7 @@ class CompressedReader(CheckpointReader):
         try:
             found = Compression.from_json(self._document(COMPRESSION))
             self._require_layers(found)
-        except CheckpointError as error:
+        except (CheckpointError, ConfigError) as error:
             raise self._error(str(error)) from None
         return found
 
@@ -154,8 +151,8 @@ class CompressedReader(CheckpointReader):
         b_out_ED = self.tensor("weight", f"layers.{layer}.moe.experts.b_out")
         try:
             coding.require_sound(moe.n_experts)
-            if centre_FC is not None and tuple(centre_FC.shape) != shape:
-                raise CheckpointError(f"{CENTRE}: {list(centre_FC.shape)}, expected {list(shape)}")
+            if centre_FC is not None and (tuple(centre_FC.shape), centre_FC.dtype) != (shape, torch.float32):
+                raise CheckpointError(f"{CENTRE}: is not float32 {list(shape)}")
         except CheckpointError as error:
             raise self._error(f"layers.{layer}.moe.{error}") from None
         return Compressed(centre_FC, coding, b_out_ED)
@@ -201,8 +198,8 @@ def require_mode(mode: str, reader: CheckpointReader | ExportReader) -> None:
     Raises:
         ConfigError: naming the mode and what to do.
     """
-    if mode not in MODES:
-        raise ConfigError(f"experts = {mode!r}: give {', '.join(MODES)}")
+    if mode not in EXPERT_MODES:
+        raise ConfigError(f"experts = {mode!r}: give {', '.join(EXPERT_MODES)}")
     if mode == "restore":
         return
     if not isinstance(reader, CompressedReader):

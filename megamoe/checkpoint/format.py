@@ -22,6 +22,9 @@ VERSION = 1
 MANIFEST, CONFIG, STATE = "manifest.json", "config.json", "state.json"
 COMPRESSION = "compression.json"
 """Document of a compressed checkpoint alone."""
+EXPERT_MODES = ("restore", "on_the_fly", "factored")
+"""What becomes of compressed experts on loading: dense weights at once, dense weights of one expert while
+it is used, or none, by the factored form of residuals of low rank."""
 BEST = "best"
 """Name of the folder that holds the checkpoint with the best validation figure."""
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -36,7 +36,7 @@ def load_model(path: str | Path, *, verify: bool = True, experts: str = "restore
             or a compressed folder.
         verify: compare the files with their hashes first, so that no damaged number is loaded; an export
             whose hashes were removed is taken as it is.
-        experts: what becomes of compressed ones, one of `megamoe.checkpoint.compressed.MODES`.
+        experts: what becomes of compressed ones, one of `megamoe.checkpoint.format.EXPERT_MODES`.
 
     Raises:
         CheckpointError: there is no complete checkpoint, it is not what its manifest and config say, or its

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from megamoe.checkpoint.format import EXPERT_MODES
 from megamoe.cli.train import add_local_rank
 
 SUMMARY = "score a checkpoint on held-out text, at any number of active experts"
@@ -29,9 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--experts",
-        choices=("restore", "on_the_fly", "factored"),
-        default="restore",
-        help="of a compressed checkpoint: dense at once, dense while used, or never (default: restore)",
+        choices=EXPERT_MODES,
+        default=EXPERT_MODES[0],
+        help="of a compressed checkpoint: dense at once, dense while used, or never (default: %(default)s)",
     )
     add_local_rank(parser)
     parser.set_defaults(takes_overrides=True)

@@ -2,12 +2,14 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megamoe.checkpoint.compressed import open_reader
-from megamoe.compress.methods import METHODS, RESIDUALS, Settings, compress
+from megamoe.compress.methods import compress
 from megamoe.compress.report import Size, scores
+from megamoe.compress.settings import METHODS, RESIDUALS, Settings
 from megamoe.compress.source import Source
 from megamoe.convert.neutral import tensors_of
 from megamoe.errors import CheckpointError
@@ -31,27 +33,27 @@ def measure_curve(source: Source, keeps: Sequence[float]) -> dict[str, Any]:
     """
     scored = scores(source, source.path, _top_k(source.path))
     points, left_out = [], {}
-    for method in contenders():
+    for settings in contenders():
         try:
             for keep in keeps:
-                points.append(_point(source, Settings(keep=keep, **method)))
+                points.append(_point(source, replace(settings, keep=keep)))
         except CheckpointError as error:
-            left_out[Settings(keep=1, **method).name] = str(error)
+            left_out[settings.name] = str(error)
     (top_k,) = scored.nats
     return {
         "checkpoint": str(source.path), "corpus": scored.corpus, "split": scored.split,
         "metric": scored.metric, "tokens": scored.tokens, "top_k": top_k,
         "n_experts": source.config.moe.n_experts, "d_expert": source.config.moe.d_expert,
-        "figure": scored.figure(top_k), "bytes": vars(Size.of(source.tensors)),
+        "figure": scored.figure(top_k), "bytes": asdict(Size.of(source.tensors)),
         "points": points, "left_out": left_out,
     }  # fmt: skip
 
 
-def contenders() -> Iterator[dict[str, Any]]:
-    """Settings of every method, but for what is kept."""
-    for method in (*METHODS, "drop"):
-        for residual in RESIDUALS if method == "resmoe" else ("",):
-            yield {"method": method} | ({"residual": residual} if residual else {})
+def contenders() -> Iterator[Settings]:
+    """Every method with every residual that it has."""
+    for method in METHODS:
+        for residual in RESIDUALS if method == "resmoe" else RESIDUALS[:1]:
+            yield Settings(method=method, residual=residual)
 
 
 def _point(source: Source, settings: Settings) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def _point(source: Source, settings: Settings) -> dict[str, Any]:
         (top_k,) = scored.nats
         return {
             "method": settings.name, "keep": settings.keep, "top_k": top_k, "figure": scored.figure(top_k),
-            "bytes": vars(Size.of(tensors_of(open_reader(folder)))),
+            "bytes": asdict(Size.of(tensors_of(open_reader(folder)))),
         }  # fmt: skip
 
 

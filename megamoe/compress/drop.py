@@ -20,13 +20,19 @@ from megamoe.convert.feed_forwards import SOFTMAX_ROUTERS
 from megamoe.convert.tensors import LazyTensor
 from megamoe.errors import CheckpointError
 
-LEAVES = ("w_in", "b_in", "w_out", "b_out")
-RANKED_BY = ("contribution", "frequency")
-"""What an expert's worth is: the sum of weight times norm of the output, or how often it is chosen."""
+_OF_EXPERTS = (
+    "experts.w_in", "experts.b_in", "experts.w_out", "experts.b_out", "router.weight", "router.bias",
+)  # fmt: skip
 
 
 def most_useful(usage: Mapping[int, Usage], keep: float, by: str) -> dict[int, torch.Tensor]:
-    """The fraction `keep` of the experts of each layer, one at least; ids rising, by layer."""
+    """The fraction `keep` of the experts of each layer, one at least; ids rising, by layer.
+
+    Args:
+        usage: of the layers.
+        keep: the fraction.
+        by: one of `megamoe.compress.settings.RANKED_BY`.
+    """
     kept = {}
     for layer, used in usage.items():
         worth_E = used.contribution_E if by == "contribution" else used.choices_E
@@ -65,19 +71,15 @@ def config_without(config: RunConfig, n_kept: int) -> RunConfig:
 
 def tensors_without(source: Source, kept: Mapping[int, torch.Tensor]) -> Iterator[LazyTensor]:
     """The tensors of the model with the kept experts alone."""
-    generated = {tensor.name: tensor for tensor in generated_routers(source.tensors, source.config)}
-    routers = tuple(f"layers.{layer}.moe.router." for layer in source.layers)
-    stacked = {f"layers.{layer}.moe.experts.{leaf}": layer for layer in source.layers for leaf in LEAVES}
-    stacked |= {f"{router}{leaf}": layer for router, layer in zip(routers, source.layers, strict=True)
-                for leaf in ("weight", "bias")}  # fmt: skip
-    of_generators = routers if generated else ()
+    generated = list(generated_routers(source.tensors, source.config))
+    kept_of = {f"layers.{layer}.moe.{part}": ids for layer, ids in kept.items() for part in _OF_EXPERTS}
     for tensor in source.tensors:
-        if tensor.name in stacked:
-            yield _rows(tensor, kept[stacked[tensor.name]])
-        elif not tensor.name.startswith(of_generators):
+        if tensor.name in kept_of:
+            yield _rows(tensor, kept_of[tensor.name])
+        elif not (generated and ".moe.router." in tensor.name):
             yield tensor
-    for name, tensor in generated.items():
-        yield replace(_rows(tensor, kept[stacked[name]]), kind="weight")
+    for tensor in generated:
+        yield replace(_rows(tensor, kept_of[tensor.name]), kind="weight")
 
 
 def _rows(tensor: LazyTensor, kept: torch.Tensor) -> LazyTensor:

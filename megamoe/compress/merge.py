@@ -20,7 +20,6 @@ import torch
 
 from megamoe.compress.usage import Usage
 from megamoe.convert.alignment import align
-from megamoe.errors import CheckpointError
 
 
 def dominant_experts(usage: Mapping[int, Usage], keep: float) -> dict[int, torch.Tensor]:
@@ -37,18 +36,15 @@ def dominant_experts(usage: Mapping[int, Usage], keep: float) -> dict[int, torch
     }
 
 
-def groups_of(used: Usage, dominant_G: torch.Tensor) -> torch.Tensor:
+def groups_of(products_EE: torch.Tensor, dominant_G: torch.Tensor) -> torch.Tensor:
     """The group of each expert, [E] int64; group g is that of expert dominant_G[g].
 
-    Raises:
-        CheckpointError: the policy gives no scores.
+    Args:
+        products_EE: see `Usage`.
+        dominant_G: the experts that lead.
     """
-    if used.products_EE is None:
-        raise CheckpointError(
-            "moe.router.name: the policy gives experts no scores to be alike in; use resmoe"
-        )
-    norms_E = used.products_EE.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    cosines_EG = (used.products_EE / norms_E / norms_E[:, None])[:, dominant_G]
+    norms_E = products_EE.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    cosines_EG = (products_EE / norms_E / norms_E[:, None])[:, dominant_G]
     groups_E = cosines_EG.argmax(1)
     groups_E[dominant_G] = torch.arange(len(dominant_G))
     return groups_E

@@ -1,4 +1,4 @@
-"""The methods by name, and a checkpoint compressed by one of them.
+"""A checkpoint compressed by one of the methods.
 
     resmoe  barycenter of the experts as they are best aligned, and pruned or low-rank residuals
     svd     truncated singular value decomposition of each expert's design matrix
@@ -10,7 +10,6 @@ Shapes: E experts, F hidden units, C numbers of a unit, D model width, G groups.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,51 +18,19 @@ from megamoe.checkpoint.compressed import CENTRE, REPLACED, Compression, Loss, s
 from megamoe.compress import drop
 from megamoe.compress.barycenter import reordered
 from megamoe.compress.merge import aligned_to, dominant_experts, group_means, groups_of
+from megamoe.compress.settings import Settings
 from megamoe.compress.source import Source
 from megamoe.convert.feed_forwards import new_run
 from megamoe.convert.neutral_writer import require_new, write_compressed, write_neutral
 from megamoe.convert.tensors import LazyTensor, lazy
-from megamoe.errors import ConfigError
+from megamoe.errors import CheckpointError
 from megamoe.moe.codings import LowRank, Pruned, Shared
 from megamoe.moe.compressed import Compressed, restored
 
-RESIDUALS: dict[str, type[Pruned] | type[LowRank]] = {"prune": Pruned, "svd": LowRank}
-"""How a residual, or an expert itself, is coded."""
-STARTS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What to do.
-
-    Attributes:
-        method: key of `METHODS`.
-        keep: fraction in (0, 1] of the numbers of each residual or expert, or of the experts.
-        residual: of resmoe, key of `RESIDUALS`.
-        starts: of resmoe, starts of the search for the barycenter.
-        by: of drop, one of `drop.RANKED_BY`.
-    """
-
-    method: str
-    keep: float
-    residual: str = "prune"
-    starts: int = STARTS
-    by: str = drop.RANKED_BY[0]
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ConfigError(f"--keep = {self.keep}: give a fraction above 0, at most 1")
-        if self.starts < 1:
-            raise ConfigError(f"--starts = {self.starts}: give 1 or more")
-
-    @property
-    def name(self) -> str:
-        """The method, with its residual where it has one."""
-        return f"{self.method} ({self.residual})" if self.method == "resmoe" else self.method
-
+_CODINGS: dict[str, type[Pruned] | type[LowRank]] = {"prune": Pruned, "svd": LowRank}
 
 # The experts in the order of units in which they are stored, [E, F, C] float64, and what is stored.
-Encoded = tuple[torch.Tensor, Compressed]
+_Encoded = tuple[torch.Tensor, Compressed]
 
 
 def compress(source: Source, settings: Settings, folder: Path) -> dict[int, Loss]:
@@ -88,7 +55,7 @@ def compress(source: Source, settings: Settings, folder: Path) -> dict[int, Loss
         return _drop(source, settings, folder)
     layers, losses = {}, {}
     for layer in source.layers:
-        designs_EFC, layers[layer] = METHODS[settings.method](source, layer, settings)
+        designs_EFC, layers[layer] = _ENCODERS[settings.method](source, layer, settings)
         losses[layer] = _loss(designs_EFC, layers[layer])
     centre_FC, coding, _ = layers[source.layers[0]]
     compression = Compression(settings.name, settings.keep, coding.NAME, centre_FC is not None, losses)
@@ -100,28 +67,30 @@ def compress(source: Source, settings: Settings, folder: Path) -> dict[int, Loss
     return losses
 
 
-def _resmoe(source: Source, layer: int, settings: Settings) -> Encoded:
+def _resmoe(source: Source, layer: int, settings: Settings) -> _Encoded:
     found = source.barycenter(layer, settings.starts)
     aligned_EFC = reordered(source.designs(layer), found.orders_EF)
     centre_FC = found.centre_FC.float()
     # Of the centre as it is stored, so that the residuals mend its rounding.
-    coding = RESIDUALS[settings.residual].of(aligned_EFC - centre_FC, settings.keep)
+    coding = _CODINGS[settings.residual].of(aligned_EFC - centre_FC, settings.keep)
     return aligned_EFC, Compressed(centre_FC, coding, source.leaf(layer, "b_out"))
 
 
-def _plain(residual: str) -> Callable[[Source, int, Settings], Encoded]:
-    def encode(source: Source, layer: int, settings: Settings) -> Encoded:
-        designs_EFC = source.designs(layer)
-        coding = RESIDUALS[residual].of(designs_EFC, settings.keep)
-        return designs_EFC, Compressed(None, coding, source.leaf(layer, "b_out"))
-
-    return encode
+def _plain(source: Source, layer: int, settings: Settings) -> _Encoded:
+    designs_EFC = source.designs(layer)
+    coding = _CODINGS[settings.method].of(designs_EFC, settings.keep)
+    return designs_EFC, Compressed(None, coding, source.leaf(layer, "b_out"))
 
 
-def _merge(source: Source, layer: int, settings: Settings) -> Encoded:
+def _merge(source: Source, layer: int, settings: Settings) -> _Encoded:
     used = source.usage[layer]
+    if used.products_EE is None:
+        raise CheckpointError(
+            f"moe.router.name = {source.config.moe.router.name!r}: gives experts no scores to be alike in,"
+            " which --method merge needs"
+        )
     dominant_G = dominant_experts(source.usage, settings.keep)[layer]
-    groups_E = groups_of(used, dominant_G)
+    groups_E = groups_of(used.products_EE, dominant_G)
     aligned_EFC = aligned_to(source.designs(layer), dominant_G[groups_E])
     matrices_GFC = group_means(aligned_EFC, groups_E, used.frequency_E).float()
     b_out_GD = group_means(source.leaf(layer, "b_out").double(), groups_E, used.frequency_E).float()
@@ -130,10 +99,10 @@ def _merge(source: Source, layer: int, settings: Settings) -> Encoded:
     return aligned_EFC, Compressed(None, coding, b_out_GD[groups_E])
 
 
-METHODS: dict[str, Callable[[Source, int, Settings], Encoded]] = {
-    "resmoe": _resmoe, "svd": _plain("svd"), "prune": _plain("prune"), "merge": _merge,
+# All but `drop`, which makes a smaller model instead of coding the experts of this one.
+_ENCODERS: dict[str, Callable[[Source, int, Settings], _Encoded]] = {
+    "resmoe": _resmoe, "svd": _plain, "prune": _plain, "merge": _merge,
 }  # fmt: skip
-"""All but `drop`, which makes a smaller model instead of coding one: a layer's experts, compressed."""
 
 
 def _drop(source: Source, settings: Settings, folder: Path) -> dict[int, Loss]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from megamoe.checkpoint.compressed import MODES, CompressedReader, Loss, open_reader
+from megamoe.checkpoint.compressed import CompressedReader, Loss, open_reader
+from megamoe.checkpoint.format import EXPERT_MODES
 from megamoe.checkpoint.load import load_model
-from megamoe.compress.methods import Settings
+from megamoe.compress.settings import Settings
 from megamoe.compress.source import Source
 from megamoe.convert.neutral import tensors_of
 from megamoe.convert.soundness import EXPERTS
@@ -120,7 +121,7 @@ def report(
         scored: also score both on the validation text.
     """
     reader = open_reader(output)
-    modes = reader.compression.modes if isinstance(reader, CompressedReader) else MODES[:1]
+    modes = reader.compression.modes if isinstance(reader, CompressedReader) else EXPERT_MODES[:1]
     return Report(
         source.path, output, settings, Size.of(source.tensors), Size.of(tensors_of(reader)), losses,
         {mode: resident_bytes(output, mode) for mode in modes},

@@ -13,7 +13,7 @@ from megamoe.compress.usage import Usage, measure_usage
 from megamoe.convert.feed_forwards import model_tensors
 from megamoe.convert.neutral import open_neutral
 from megamoe.convert.tensors import LazyTensor
-from megamoe.errors import CheckpointError
+from megamoe.errors import CheckpointError, ConfigError
 from megamoe.moe.neurons import design
 from megamoe.moe.routers import router_class
 
@@ -35,9 +35,12 @@ class Source:
 
     Raises:
         CheckpointError: there is no sound checkpoint, or it has no experts.
+        ConfigError: `max_tokens` is below 0.
     """
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = (), max_tokens: int = 0) -> None:
+        if max_tokens < 0:
+            raise ConfigError(f"--max-tokens = {max_tokens}: give 0 or more")
         self.path = locate(path)
         self.overrides, self.max_tokens = list(overrides), max_tokens
         tensors, self.config, self.state = open_neutral(self.path)

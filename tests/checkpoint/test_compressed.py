@@ -8,7 +8,8 @@ import torch
 from megamoe.checkpoint.compressed import open_reader
 from megamoe.checkpoint.load import load_model, load_tokenizer
 from megamoe.checkpoint.reader import CheckpointReader
-from megamoe.compress.methods import Settings, compress
+from megamoe.compress.methods import compress
+from megamoe.compress.settings import Settings
 from megamoe.compress.source import Source
 from megamoe.errors import CheckpointError, ConfigError, MegaMoEError
 from tests.checkpoint.fuzzing import fuzz

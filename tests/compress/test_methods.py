@@ -10,7 +10,8 @@ import torch
 from megamoe.checkpoint.compressed import CompressedReader, open_reader
 from megamoe.checkpoint.load import load_model
 from megamoe.checkpoint.reader import CheckpointReader
-from megamoe.compress.methods import Settings, compress
+from megamoe.compress.methods import compress
+from megamoe.compress.settings import Settings
 from megamoe.compress.source import Source
 from megamoe.config.schema import RouterConfig
 from megamoe.errors import CheckpointError, ConfigError
@@ -151,6 +152,15 @@ def test_models_that_a_method_is_not_for_are_refused(
     write_model(tmp_path / "in", config, TransformerXL(config.model, config.moe, seed=0))
     with pytest.raises(CheckpointError, match=problem):
         compress(Source(tmp_path / "in"), Settings(method=method, keep=0.5), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_needs_scores(source: Source, tmp_path: Path) -> None:
+    config = replace(source.config, moe=replace(source.config.moe, router=RouterConfig(name="hash")))
+    model = TransformerXL(config.model, config.moe, seed=0)
+    write_model(tmp_path / "in", config, model, tokenizer=source.state.tokenizer)
+    with pytest.raises(CheckpointError, match=r"^moe\.router\.name = 'hash': gives experts no scores"):
+        compress(Source(tmp_path / "in", max_tokens=100), Settings(method="merge"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

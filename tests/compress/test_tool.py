@@ -82,6 +82,7 @@ def test_the_curve_has_every_method_at_every_size(
         ("--method svd --residual prune", "--residual: is for --method resmoe; leave it out"),
         ("--method resmoe --by frequency", "--by: is for --method drop; leave it out"),
         ("--method resmoe --starts 0", "--starts = 0: give 1 or more"),
+        ("--method merge --max-tokens -1", "--max-tokens = -1: give 0 or more"),
         ("--curve curve.png", "--curve = 'curve.png': scores anyway and keeps no checkpoint; leave OUT out"),
         ("--method merge --set model.n_layers=1", "model: belongs to the trained model"),
     ],
