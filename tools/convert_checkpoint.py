@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "split": "dense to experts: each gets a share of the hidden units",
     "merge": "experts to dense",
     "from-deepspeed": "files of engine.save_checkpoint with native MoE layers to neutral",
+    "from-compressed": "compressed experts to dense ones",
     "to-deepspeed": "neutral to files that engine.load_checkpoint reads into native MoE layers",
 }
 

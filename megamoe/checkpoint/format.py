@@ -16,13 +16,20 @@ from megamoe.checkpoint.dtypes import DTYPES
 from megamoe.errors import CheckpointError
 
 FORMAT = "megamoe-checkpoint"
+COMPRESSED = "megamoe-compressed"
+"""Format of a checkpoint whose experts are compressed, see `megamoe.checkpoint.compressed`."""
 VERSION = 1
 MANIFEST, CONFIG, STATE = "manifest.json", "config.json", "state.json"
+COMPRESSION = "compression.json"
+"""Document of a compressed checkpoint alone."""
+EXPERT_MODES = ("restore", "on_the_fly", "factored")
+"""What becomes of compressed experts on loading: dense weights at once, dense weights of one expert while
+it is used, or none, by the factored form of residuals of low rank."""
 BEST = "best"
 """Name of the folder that holds the checkpoint with the best validation figure."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TRAINED = ("weight", *MOMENTS)
-KINDS = (*TRAINED, "buffer", "memory")
+KINDS = (*TRAINED, "buffer", "memory", "compressed")
 _MOST_DIMENSIONS = 8
 _MOST_ELEMENTS = 1 << 62  # of a shape whose zeros are taken for ones; what an int64 can count
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
@@ -47,6 +54,11 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
 def shard_file(rank: int, world_size: int) -> str:
     """Name of the file that writing rank `rank` of `world_size` fills."""
     return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether `folder` looks like a compressed checkpoint."""
+    return (folder / COMPRESSION).is_file()
 
 
 class Piece(NamedTuple):
@@ -87,10 +99,12 @@ class Manifest:
     Attributes:
         files: every other file of the folder by name.
         tensors: for each kind, the global tensors by name.
+        format: `FORMAT` or `COMPRESSED`.
     """
 
     files: Mapping[str, StoredFile]
     tensors: Mapping[str, Mapping[str, TensorEntry]]
+    format: str = FORMAT
 
     def __post_init__(self) -> None:
         for name in (CONFIG, STATE):
@@ -112,6 +126,8 @@ class Manifest:
         self._check_sizes()
 
     def _check_kind(self, kind: str, name: str, entry: TensorEntry) -> None:
+        if kind == "compressed" and self.format != COMPRESSED:
+            raise CheckpointError(f"{MANIFEST}: {kind} {name!r}: has no place in a {self.format}")
         if kind in TRAINED and entry.dtype != "float32":
             raise CheckpointError(f"{MANIFEST}: {kind} {name!r}: dtype = {entry.dtype!r}: not float32")
         if kind == "memory" and len(entry.shape) != 3:
@@ -148,7 +164,7 @@ class Manifest:
             pieces = [[piece.file, piece.key, piece.start, piece.stop] for piece in entry.pieces]
             tensors[kind][name] = {"shape": list(entry.shape), "dtype": entry.dtype, "pieces": pieces}
         body = {
-            "format": FORMAT,
+            "format": self.format,
             "version": VERSION,
             "files": {name: {"bytes": f.size, "sha256": f.sha256} for name, f in self.files.items()},
             "tensors": tensors,
@@ -156,16 +172,22 @@ class Manifest:
         return json.dumps(body | {"sha256": _digest(body)}, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> "Manifest":
+    def from_json(cls, text: str, format: str = FORMAT) -> "Manifest":
         """Parse and validate ``manifest.json``.
+
+        Args:
+            text: of the file.
+            format: that it must have.
 
         Raises:
             CheckpointError: not JSON, another format or version, changed since it was written, a field
                 of the wrong type, or pieces that do not cover a tensor exactly once.
         """
         body = parse_object(text, MANIFEST)
-        if body.get("format") != FORMAT:
-            raise CheckpointError(f"{MANIFEST}: format = {body.get('format')!r}: expected {FORMAT!r}")
+        if body.get("format") != format:
+            raise CheckpointError(
+                f"{MANIFEST}: format = {body.get('format')!r}: expected {format!r}{_remedy(body)}"
+            )
         if body.get("version") != VERSION:
             raise CheckpointError(
                 f"{MANIFEST}: version = {body.get('version')!r}: this megamoe reads {VERSION}"
@@ -179,7 +201,7 @@ class Manifest:
         tensors = _typed(body, "tensors", dict, MANIFEST)
         if unknown := set(tensors) - set(KINDS):
             raise CheckpointError(f"{MANIFEST}: unknown kind of tensor {min(unknown)!r}")
-        return cls(files, {kind: _parse_entries(kind, named) for kind, named in tensors.items()})
+        return cls(files, {kind: _parse_entries(kind, named) for kind, named in tensors.items()}, format)
 
 
 def parse_object(text: str, name: str) -> dict[str, Any]:
@@ -195,6 +217,11 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise CheckpointError(f"{name}: holds no JSON object")
     return body
+
+
+def _remedy(body: Mapping[str, Any]) -> str:
+    restore = "; restore it with tools/convert_checkpoint.py from-compressed"
+    return restore if body.get("format") == COMPRESSED else ""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,10 +6,18 @@ from typing import Any
 
 import torch
 
+from megamoe.checkpoint.compressed import (
+    CompressedReader,
+    keep_compressed,
+    open_reader,
+    replaced_names,
+    require_mode,
+    restored_tensors,
+)
 from megamoe.checkpoint.exported import ExportReader, is_export
 from megamoe.checkpoint.format import CONFIG
 from megamoe.checkpoint.matching import require_kind_of_number, require_same_tensors
-from megamoe.checkpoint.reader import CheckpointReader, locate
+from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.config.schema import RunConfig
 from megamoe.data.tokenizers import Tokenizer
 from megamoe.errors import CheckpointError, ConfigError, DataError
@@ -18,31 +26,42 @@ from megamoe.models.transformer_xl import Backbone
 from megamoe.parallel.placement import saved_buffers
 
 
-def load_model(path: str | Path, *, verify: bool = True) -> Any:
+def load_model(path: str | Path, *, verify: bool = True, experts: str = "restore") -> Any:
     """The trained model in evaluation mode, on the CPU in fp32, with all experts.
 
     It is a `TransformerXL`, or a `Classifier` where the run has fine-tuned one.
 
     Args:
         path: a run folder, whose newest checkpoint is taken; a ``step-*`` or ``best`` folder; or an exported
-            folder.
+            or a compressed folder.
         verify: compare the files with their hashes first, so that no damaged number is loaded; an export
             whose hashes were removed is taken as it is.
+        experts: what becomes of compressed ones, one of `megamoe.checkpoint.format.EXPERT_MODES`.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is not what its manifest and config say.
+        CheckpointError: there is no complete checkpoint, it is not what its manifest and config say, or its
+            experts cannot be loaded so.
     """
     reader = open_model(path)
+    require_mode(experts, reader)
     if isinstance(reader, ExportReader):
         return _load_export(reader, verify)
     if verify:
         reader.verify_files()
     n_weights = sum(math.prod(reader.shape("weight", name)) for name in reader.names("weight"))
     model = _model_of(reader.config, n_weights, reader.folder)
-    require_same_tensors(reader, model)
-    tensors = {name: reader.tensor("weight", name) for name, _ in model.named_parameters()}
+    replaced = replaced_names(reader)
+    require_same_tensors(reader, model, apart_from=replaced)
+    tensors = {
+        name: reader.tensor("weight", name) for name, _ in model.named_parameters() if name not in replaced
+    }
     for name, buffer in saved_buffers(model).items():
         tensors[name] = reader.tensor("buffer", name).to(buffer.dtype)
+    if isinstance(reader, CompressedReader):
+        if experts == "restore":
+            tensors |= restored_tensors(reader)
+        else:
+            keep_compressed(reader, model, experts)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -53,7 +72,7 @@ def open_model(path: str | Path) -> CheckpointReader | ExportReader:
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    return ExportReader(Path(path)) if is_export(Path(path)) else CheckpointReader(locate(path))
+    return ExportReader(Path(path)) if is_export(Path(path)) else open_reader(path)
 
 
 def _load_export(reader: ExportReader, verify: bool) -> Backbone:

@@ -12,6 +12,7 @@ from megamoe.checkpoint.dtypes import DTYPES, empty
 from megamoe.checkpoint.folder import replaced
 from megamoe.checkpoint.format import (
     CONFIG,
+    FORMAT,
     MANIFEST,
     STATE,
     Manifest,
@@ -41,14 +42,19 @@ _CORRUPT = "sha256 differs from the manifest's; it is corrupt"
 class CheckpointReader:
     """An open checkpoint. Opening reads the manifest and the sizes of files, tensors only on demand.
 
+    Class attributes:
+        FORMAT: of the checkpoints that it reads.
+
     Raises:
         CheckpointError: the folder is torn, or its manifest is not valid.
     """
 
+    FORMAT = FORMAT
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.manifest = Manifest.from_json(self._text(MANIFEST))
+            self.manifest = Manifest.from_json(self._text(MANIFEST), self.FORMAT)
         except CheckpointError as error:
             raise self._error(str(error)) from None
         for name, stored in self.manifest.files.items():

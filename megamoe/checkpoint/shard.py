@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from megamoe.checkpoint.dtypes import DTYPES, dtype_name, torch_dtype
-from megamoe.checkpoint.format import MANIFEST, Manifest, Piece, StoredFile, TensorEntry
+from megamoe.checkpoint.format import FORMAT, MANIFEST, TRAINED, Manifest, Piece, StoredFile, TensorEntry
 from megamoe.errors import CheckpointError
 
 # Name, shape, type, and what gives the values.
@@ -52,7 +52,7 @@ class Part(Protocol):
 
 def stored_dtype(kind: str, dtype: str) -> str:
     """Type on disk of a tensor of `kind`: fp32 for weights and moments, whatever they are trained in."""
-    return dtype if kind in ("buffer", "memory") else "float32"
+    return "float32" if kind in TRAINED else dtype
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def write_file(path: Path, chunks: Iterable[Any]) -> StoredFile:
     return StoredFile(size, sha256.hexdigest())
 
 
-def merge(shards: Iterable[Shard], documents: dict[str, StoredFile]) -> Manifest:
-    """The manifest of a folder with these shards and JSON documents.
+def merge(shards: Iterable[Shard], documents: dict[str, StoredFile], format: str = FORMAT) -> Manifest:
+    """The manifest of a folder of this format with these shards and JSON documents.
 
     Raises:
         CheckpointError: together the shards do not hold every element of every tensor exactly once.
@@ -143,17 +143,19 @@ def merge(shards: Iterable[Shard], documents: dict[str, StoredFile]) -> Manifest
                 )
             pieces = sorted((*known.pieces, *entry.pieces), key=lambda piece: piece.start)
             tensors[kind][name] = TensorEntry(entry.shape, entry.dtype, tuple(pieces))
-    return Manifest(files, tensors)
+    return Manifest(files, tensors, format)
 
 
-def write_documents(folder: Path, documents: dict[str, str], shards: Sequence[Shard]) -> None:
+def write_documents(
+    folder: Path, documents: dict[str, str], shards: Sequence[Shard], format: str = FORMAT
+) -> None:
     """Complete a folder that holds `shards`: the JSON documents by name, then the manifest.
 
     Raises:
         CheckpointError: together the shards do not hold every element of every tensor exactly once.
     """
     written = {name: write_file(folder / name, [text.encode()]) for name, text in documents.items()}
-    write_file(folder / MANIFEST, [merge(shards, written).to_json().encode()])
+    write_file(folder / MANIFEST, [merge(shards, written, format).to_json().encode()])
 
 
 def _key(part: Part) -> str:

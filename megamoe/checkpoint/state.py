@@ -4,7 +4,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from megamoe.checkpoint.format import STATE, parse_object
@@ -55,6 +55,12 @@ class TrainingState:
     corpus: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     engine: EngineCounters = field(default_factory=EngineCounters)
+
+    def of_other_weights(self) -> "TrainingState":
+        """The state of weights that were made of the saved ones: without best figure and Adam's counters."""
+        counted = self.engine
+        engine = EngineCounters(global_steps=counted.global_steps, global_samples=counted.global_samples)
+        return replace(self, best_metric=None, best_step=None, engine=engine)
 
     def to_json(self) -> str:
         """The text of ``state.json``.

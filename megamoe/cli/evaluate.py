@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from megamoe.checkpoint.format import EXPERT_MODES
 from megamoe.cli.train import add_local_rank
 
 SUMMARY = "score a checkpoint on held-out text, at any number of active experts"
@@ -10,6 +11,7 @@ EXAMPLES = """\
   megamoe evaluate runs/first/best
   megamoe evaluate runs/first/best --split valid evaluation.top_ks=2,16
   megamoe evaluate runs/first/best data.path=data/enwik8 evaluation.memory_len=2048
+  megamoe evaluate compressed --experts factored
   torchrun --nproc_per_node 4 --module megamoe evaluate runs/first/best
 
   megamoe evaluate runs/sst2-hyper/best task.path=data/SST-2
@@ -21,9 +23,17 @@ task.path and evaluation.*. Computes in fp32."""
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.usage = f"{parser.prog} CHECKPOINT [options] [data.option=value evaluation.option=value ...]"
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best/, step-*/ or a run folder")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="best/, step-*/, a compressed or a run folder"
+    )
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="default: test")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--experts",
+        choices=EXPERT_MODES,
+        default=EXPERT_MODES[0],
+        help="of a compressed checkpoint: dense at once, dense while used, or never (default: %(default)s)",
+    )
     add_local_rank(parser)
     parser.set_defaults(takes_overrides=True)
 
@@ -37,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from megamoe.training.scoring import score
 
     launch = read_launch()
-    config, evaluation = score(args.checkpoint, args.split, args.overrides, launch)
+    config, evaluation = score(args.checkpoint, args.split, args.overrides, launch, experts=args.experts)
     if launch.rank == 0 and args.json:
         print(json.dumps(evaluation.to_dict(), indent=2))
     elif launch.rank == 0:

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 
 from megamoe.checkpoint.matching import require_same_options
 from megamoe.checkpoint.reader import CheckpointReader, locate
-from megamoe.checkpoint.state import EngineCounters
 from megamoe.convert.model_tensors import require_tensors_of
 from megamoe.convert.neutral import tensors_of
 from megamoe.convert.neutral_writer import write_neutral
@@ -50,15 +48,8 @@ def run(args: argparse.Namespace) -> int:
         require_tensors_of(reader.config, [t for t in tensors_of(reader) if t.kind != "memory"])
         _require_same_run(reader, last)
     tensors = averaged(readers)
-    counted = last.state.engine
-    state = replace(
-        last.state,
-        best_metric=None,
-        best_step=None,
-        engine=EngineCounters(global_steps=counted.global_steps, global_samples=counted.global_samples),
-    )
     shown = progress(total_bytes(tensors), f"writing {args.output}")
-    write_neutral(args.output, tensors, last.config, state, progress=shown)
+    write_neutral(args.output, tensors, last.config, last.state.of_other_weights(), progress=shown)
     print(f"{args.output}: mean of {len(readers)} checkpoints")
     return 0
 

@@ -3,6 +3,7 @@
 import torch
 from torch.nn.functional import normalize, one_hot
 
+from megamoe.convert.alignment import align
 from megamoe.errors import CheckpointError
 from megamoe.moe.initialization import generator
 
@@ -19,8 +20,6 @@ def balanced_clusters(rows_ND: torch.Tensor, n_clusters: int, seed: int) -> torc
     Raises:
         CheckpointError: some numbers are not finite.
     """
-    from scipy.optimize import linear_sum_assignment
-
     if not rows_ND.isfinite().all():
         raise CheckpointError("--by clusters: the weights hold numbers that are not finite")
     directions_ND = normalize(rows_ND.double(), dim=1)
@@ -28,11 +27,11 @@ def balanced_clusters(rows_ND: torch.Tensor, n_clusters: int, seed: int) -> torc
     starts = torch.randperm(len(rows_ND), generator=generator(seed, "clusters"))[:n_clusters]
     centres_CD = directions_ND[starts]
     clusters_N = torch.full((len(rows_ND),), -1)
+    seats_N = torch.arange(len(rows_ND)) // size
     for _ in range(_MAX_ROUNDS):
-        # Of ||row - centre||^2 only the product matters: every centre is used equally often.
-        closeness_NN = (directions_ND @ centres_CD.T).repeat_interleave(size, dim=1)
-        seats = linear_sum_assignment(closeness_NN.numpy(), maximize=True)[1]
-        previous_N, clusters_N = clusters_N, torch.from_numpy(seats) // size
+        # Every centre has as many seats as its cluster has rows.
+        order_N = align(directions_ND, centres_CD[seats_N])
+        previous_N, clusters_N = clusters_N, torch.empty_like(order_N).index_copy_(0, order_N, seats_N)
         if torch.equal(clusters_N, previous_N):
             break
         centres_CD = one_hot(clusters_N, n_clusters).double().T @ directions_ND / size

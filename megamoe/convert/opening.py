@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe.checkpoint.exported import ExportReader, is_export
+from megamoe.checkpoint.format import is_compressed
 from megamoe.checkpoint.reader import CheckpointReader, locate
 from megamoe.config.schema import RunConfig
 from megamoe.convert.export_tensors import export_tensor
 from megamoe.convert.native import LATEST, MODEL_FILE
 from megamoe.convert.native_reader import read_model
 from megamoe.convert.native_tensors import neutral_tensors, read_config, read_optimizer
-from megamoe.convert.neutral import open_neutral
+from megamoe.convert.neutral import open_neutral, tensors_of
 from megamoe.convert.tensors import LazyTensor
 from megamoe.errors import CheckpointError
 
@@ -52,12 +53,23 @@ def open_any(path: Path) -> Opened:
     if (path / PUBLISHED_FILE).is_file():
         return _open_published(path / PUBLISHED_FILE)
     folder = locate(path)
+    if is_compressed(folder):
+        return _open_compressed(folder)
     tensors, config, _ = open_neutral(folder, verify=False)
 
     def verify_files() -> None:
         CheckpointReader(folder).verify_files()
 
     return Opened(folder, "neutral checkpoint", tensors, config, verify_files)
+
+
+def _open_compressed(folder: Path) -> Opened:
+    # What the coded tensors are is known to modules, and modules are made of torch.
+    from megamoe.checkpoint.compressed import CompressedReader
+
+    reader = CompressedReader(folder)
+    # Without its config, which describes the model that the tensors are restored to.
+    return Opened(folder, "compressed checkpoint", tensors_of(reader), None, reader.verify_files)
 
 
 def _open_published(path: Path) -> Opened:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.config.schema import MoEConfig
+from megamoe.moe.compressed import CompressedExperts
 from megamoe.moe.exchange import Arrived, Exchange, LocalExchange
 from megamoe.moe.experts import Experts
 from megamoe.moe.rooms import room
@@ -59,7 +60,7 @@ class MoELayer(nn.Module):
             init_std=init_std, dropout=dropout, below=below, **sizes,
         )  # fmt: skip
         self.router = build_router(moe.router, spec)
-        self.experts: Experts | None = None
+        self.experts: Experts | CompressedExperts | None = None
         if not self.router.owns_feed_forward:
             self.experts = Experts(
                 moe.n_experts, d_model, moe.d_expert, dropout=dropout, init_std=init_std, seed=seed,
@@ -86,7 +87,7 @@ class _LayerMixture:
         self.layer, self.exchange, self.token_keys_T = layer, layer.exchange, token_keys_T
 
     @property
-    def experts(self) -> Experts:
+    def experts(self) -> Experts | CompressedExperts:
         """Those of the layer; a policy that owns its feed-forward network has none to ask."""
         assert self.layer.experts is not None
         return self.layer.experts

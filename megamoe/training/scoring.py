@@ -1,10 +1,11 @@
 """A checkpoint scored on its own, outside training, on any number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from megamoe.checkpoint.compressed import open_reader
 from megamoe.checkpoint.load import load_model, load_tokenizer
-from megamoe.checkpoint.reader import CheckpointReader, locate
+from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.config import RunConfig, from_dict
 from megamoe.config.load import merge, parse_overrides
 from megamoe.data.corpus import Corpus
@@ -12,6 +13,7 @@ from megamoe.data.labelled import load_labelled
 from megamoe.data.overlap import from_text
 from megamoe.data.sentences import SentenceSet, tokenize
 from megamoe.errors import CheckpointError, ConfigError, DataError
+from megamoe.models.transformer_xl import Backbone
 from megamoe.parallel.launch import Launch
 from megamoe.training.accuracy import evaluate_sentences
 from megamoe.training.evaluation import Evaluation, evaluate, require_causal, top_ks_to_score
@@ -24,7 +26,14 @@ OF_SENTENCES = ("path", "valid_fraction", "max_overlap")
 
 
 def score(
-    checkpoint: str | Path, split: str, overrides: Iterable[str], launch: Launch
+    checkpoint: str | Path,
+    split: str,
+    overrides: Iterable[str],
+    launch: Launch,
+    *,
+    experts: str = "restore",
+    max_tokens: int = 0,
+    watch: Callable[[Backbone], object] = lambda model: None,
 ) -> tuple[RunConfig, Evaluation]:
     """Score a checkpoint in fp32; every process of the launch calls this and gets the same.
 
@@ -36,6 +45,9 @@ def score(
         overrides: ``data.option=value`` (of a classifier, ``task.option=value``) and
             ``evaluation.option=value``, over what the run had.
         launch: who this process is.
+        experts: what becomes of compressed ones, see `load_model`.
+        max_tokens: of a language model, score at most about this many tokens; 0 scores all.
+        watch: called with the model before it reads anything.
 
     Returns:
         The config of the run with the overrides, and its figures.
@@ -44,17 +56,18 @@ def score(
         MegaMoEError: there is no such checkpoint, an override does not fit, the text is another one, or the
             sentences were trained on.
     """
-    reader = CheckpointReader(locate(checkpoint))
+    reader = open_reader(checkpoint)
     run = _with_overrides(reader.config, overrides)
     require_causal(run)
     top_ks = top_ks_to_score(run, run.evaluation.top_ks)
     with joined(launch) as world:
         text = agree(world, lambda: _read_text(run, reader, split))
-        model = agree(world, lambda: load_model(reader.folder)).to(world.device)
+        model = agree(world, lambda: load_model(reader.folder, experts=experts)).to(world.device)
+        watch(model)
         how = (split, top_ks, run, world)
         if isinstance(text, SentenceSet):
             return run, evaluate_sentences(model, text, *how, step=reader.state.step)
-        return run, evaluate(model, text, *how, step=reader.state.step)
+        return run, evaluate(model, text, *how, step=reader.state.step, max_tokens=max_tokens)
 
 
 def _read_text(run: RunConfig, reader: CheckpointReader, split: str) -> Corpus | SentenceSet:

@@ -12,6 +12,7 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import nn
 
+from megamoe.moe.experts import Experts
 from megamoe.moe.layer import MoELayer
 
 
@@ -27,7 +28,7 @@ class DeepSpeedLayer(nn.Module):
         self, ours: MoELayer, top_k: int, dropout: float, capacity_factor: float | None = None
     ) -> None:
         super().__init__()
-        assert ours.experts is not None
+        assert isinstance(ours.experts, Experts)
         n_experts, d_expert, d_model = ours.experts.w_in.shape
         expert = nn.Sequential(
             nn.Linear(d_model, d_expert), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d_expert, d_model)

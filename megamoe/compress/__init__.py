@@ -1,0 +1,1 @@
+"""Experts in fewer bytes: barycenter and residuals (ResMoE), pruning, low rank, merging, dropping."""
