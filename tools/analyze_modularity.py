@@ -1,8 +1,8 @@
 """Which neurons and experts of a model specialise in which functions, and when in training they came to it.
 
-Predictivity of neurons, functional experts, how steady both are from checkpoint to checkpoint, what the router
-knows, and what is lost where they are disturbed; everything beside its value by chance. docs/modularity.md
-has the equations.
+Predictivity of neurons, functional experts, how steady both are from checkpoint to checkpoint, what the
+router knows, and what is lost where they are disturbed; everything beside its value by chance.
+docs/modularity.md has the equations.
 """
 
 import argparse

@@ -138,10 +138,11 @@ def _experts_per_token(series: Series, settings: Settings) -> int:
         ConfigError: the model has fewer experts, or its attention never saw so long a sample.
     """
     model, moe = series.run.model, series.run.moe
-    if settings.window > model.segment_len + model.memory_len:
+    longest = model.segment_len + model.memory_len
+    if settings.window > longest:
         raise ConfigError(
-            f"analysis.window = {settings.window}: the model reads {model.segment_len + model.memory_len} tokens"
-            " at most (model.segment_len + model.memory_len)"
+            f"analysis.window = {settings.window}: give {longest} tokens or fewer; no further back has the"
+            " model learned to look"
         )
     k = moe.top_k if settings.k is None else settings.k
     if k > moe.n_experts:

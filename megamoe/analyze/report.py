@@ -44,14 +44,14 @@ def markdown(found: Values, images: Sequence[Path], command: str, where: str) ->
 _NEURON_NOTES = """\
 Best: predictivity of the best neuron, 0.5 to 1. Chance: the same under shuffled labels, mean; p: share of
 labellings, the true one among them, with at least as good a neuron. Above: neurons better than the best one
-under 95 % of shuffled labellings. Information: bits that a token's expert tells of the label, with chance and p
-as before."""
+under 95 % of the shuffled labellings. Information: bits that a token's expert tells of the label, with
+chance and p as before."""
 
 _EXPERT_NOTES = """\
 Functional: experts that hold more of the function's neurons than a random placement would at the level
-{alpha:g}, by number. Shuffled: how many there are under shuffled labels; partitions: if the same neurons are dealt
-out to experts at random; means. Degree: share of a functional expert's neurons that are the function's;
-chance: of any expert's."""
+{alpha:g}. Shuffled: how many there are under shuffled labels; partitions: how many if the neurons are
+dealt out to experts at random; means. Degree: share of a functional expert's neurons that are the
+function's; chance: of any expert's."""
 
 _TRAINING_NOTES = """\
 Best minus chance, mean over functions and layers; functional experts of all functions and layers; rank
@@ -59,20 +59,21 @@ correlation of the scores of neurons, experts and random groups of neurons with 
 Experts settle before neurons only where they are above the random groups."""
 
 _PERTURBATION_NOTES = """\
-Bits per token before, and their rise while functional experts are masked or the function's neurons replaced by
-noise, on samples of the function and on the others; random: as many others of the same layers, mean and range
-over draws."""
+Bits per token before, and their rise while functional experts are masked or the function's neurons give
+noise, on samples of the function and on the others; random: as many others of the same layers, mean and
+range over draws."""
 
 
 def _setting(found: Values) -> str:
     s = found["settings"]
+    layers = ", ".join(map(str, found["layers"]))
     samples = ", ".join(f"{name} {n}" for name, n in found["samples"].items())
     return (
         f"Router {found['router']}, {found['n_experts']} experts x {found['d_expert']} neurons in layers"
-        f" {', '.join(map(str, found['layers']))}, k = {found['top_k']}. Activations are {s['mode']}, on samples of"
-        f" {s['window']} tokens ({found['tokens']}), so many of each class: {samples}. The best"
-        f" {100 * s['top_share']:g} % of a layer's neurons are a function's; {s['shuffles']} shuffled labellings,"
-        f" {s['partitions']} random partitions, seed {s['seed']}."
+        f" {layers}, k = {found['top_k']}. Activations are {s['mode']}, on samples of {s['window']} tokens"
+        f" ({found['tokens']}), so many of each class: {samples}. The best {100 * s['top_share']:g} % of a"
+        f" layer's neurons are a function's; {s['shuffles']} shuffled labellings, {s['partitions']} random"
+        f" partitions, seed {s['seed']}."
     )
 
 

@@ -94,8 +94,8 @@ def _require_one_model(found: Sequence[tuple[Path, RunConfig]]) -> None:
         for name, value in _identity(other).items():
             if value != expected[name]:
                 raise CheckpointError(
-                    f"checkpoint {str(folder)!r}: {name} = {value!r}, but {expected[name]!r} in {str(first)!r};"
-                    " give checkpoints of one model"
+                    f"checkpoint {str(folder)!r}: {name} = {value!r}, but {expected[name]!r} in"
+                    f" {str(first)!r}; give checkpoints of one model"
                 )
 
 

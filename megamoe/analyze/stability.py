@@ -20,7 +20,7 @@ from megamoe.analyze.predictivity import Floats
 def stability(
     scores_CQLU: Floats, n_experts: int, n_partitions: int, rng: np.random.Generator
 ) -> dict[str, Floats]:
-    """Correlations [C, C] of "neurons", "experts" and "random" groups, of which `n_partitions` are averaged."""
+    """Correlations [C, C] of "neurons", "experts" and "random" groups, of which `n_partitions` are drawn."""
     partitions = random_partitions(scores_CQLU.shape[-1], n_partitions, rng)
     random = [spearman(expert_scores(scores_CQLU[..., order_U], n_experts)) for order_U in partitions]
     return {
