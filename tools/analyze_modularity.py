@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamoe.analyze.settings import Settings
-from megamoe.errors import CheckpointError, MegaMoEError
+from megamoe.analyze.texts import BUNDLED, read_own
+from megamoe.errors import CheckpointError, DataError, MegaMoEError
 
-FUNCTIONS = ("language", "polarity", "wikitext")
 EXAMPLES = """\
 examples:
   analyze_modularity.py runs/demo --output modularity --untrained
@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--untrained", action="store_true", help="begin with the model before its first step")
     parser.add_argument(
-        "--functions", nargs="*", choices=FUNCTIONS, default=FUNCTIONS, metavar="GROUP",
-        help=f"bundled groups of functions: {', '.join(FUNCTIONS)} (default: all)",
+        "--functions", nargs="*", choices=BUNDLED, default=list(BUNDLED), metavar="GROUP",
+        help=f"bundled groups of functions: {', '.join(BUNDLED)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--labels", nargs="+", type=Path, default=[], metavar="FILE",
@@ -89,16 +89,17 @@ def _run(args: argparse.Namespace, command: str) -> int:
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     if args.output.exists():
         raise CheckpointError(f"--output = {str(args.output)!r}: exists; remove it or choose another name")
+    texts = [BUNDLED[name]() for name in args.functions] + [read_own(path) for path in args.labels]
+    if not texts:
+        raise DataError("--functions: none is named; name one, or give files with --labels")
 
     # Only now torch, so that refusals come at once.
     from megamoe.analyze.analysis import analyze
     from megamoe.analyze.output import write_analysis
     from megamoe.analyze.series import open_series
-    from megamoe.analyze.texts import BUNDLED, read_own
 
-    own = [read_own(path) for path in args.labels]
     series = open_series(args.paths, untrained=args.untrained)
-    found = analyze(series, [*(BUNDLED[name]() for name in args.functions), *own], settings, _tell)
+    found = analyze(series, texts, settings, _tell)
     write_analysis(args.output, found, command)
     print(f"{args.output}/modularity.md, modularity.json and images")
     return 0

@@ -11,6 +11,7 @@ Shapes: R rows of scores or partitions, U neurons of a layer, E experts, K neuro
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,7 @@ def top_neurons(scores_U: Floats, n_top: int, rng: np.random.Generator) -> Ints:
     return np.lexsort((rng.random(len(scores_U)), -scores_U))[:n_top]
 
 
+@cache
 def random_quantile(n_neurons: int, expert_size: int, n_top: int, alpha: float) -> int:
     """t, the smallest number that a random expert's count exceeds with a probability of at most alpha."""
     return int(hypergeom.ppf(1 - alpha, n_neurons, expert_size, n_top))

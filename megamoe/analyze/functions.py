@@ -73,8 +73,14 @@ def sample_groups(
     """What can be asked in this vocabulary, and of the rest why not.
 
     Raises:
-        DataError: nothing can be asked, or not what the user's own texts are to ask.
+        DataError: nothing can be asked, or not what the user's own texts are to ask, or two groups have one
+            name.
     """
+    names = [texts.name for texts in wanted]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"functions: two groups of {', '.join(names)} have one name; rename a file of --labels"
+        )
     groups, skipped = [], {}
     for texts in wanted:
         try:

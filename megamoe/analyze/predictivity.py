@@ -19,7 +19,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.bool_]
 
-NEURONS_AT_ONCE = 2048
+NEURONS_AT_ONCE = 256
+"""What is computed for one labelling stays in the cache of a core."""
 
 
 def predictivity(activations_UW: Floats, labels_RW: Labels) -> Floats:

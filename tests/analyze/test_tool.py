@@ -179,6 +179,15 @@ def test_labels_that_do_not_match(series, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_functions_and_two_of_one_name(series, tmp_path, capsys):
+    assert run(series, "--output", tmp_path / "out", "--functions") == 2
+    assert "--functions: none is named" in capsys.readouterr().err
+    own = tmp_path / "language.tsv"
+    own.write_text("a\tone\nb\ttwo\n")
+    assert run(series, "--output", tmp_path / "out", "--labels", own) == 2
+    assert "two groups of language, polarity, wikitext, language have one name" in capsys.readouterr().err
+
+
 def test_k_beyond_the_experts(series, tmp_path, capsys):
     assert run(series, "--output", tmp_path / "out", "--k", 5) == 2
     assert "analysis.k = 5: give a number up to moe.n_experts = 4" in capsys.readouterr().err
