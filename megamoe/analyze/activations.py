@@ -23,7 +23,7 @@ from megamoe.analyze.exchanges import standing_in
 from megamoe.analyze.settings import Settings
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe.exchange import Arrived, LocalExchange
-from megamoe.moe.experts import Experts
+from megamoe.moe.layer import MoELayer
 
 SAMPLES_AT_ONCE = 32
 
@@ -55,7 +55,7 @@ def record(
         step: optimizer steps behind the model.
     """
     maxima, choices = [], []
-    with standing_in(model, lambda _, layer: Recorder(layer.experts, settings.mode)) as recorders:
+    with standing_in(model, lambda _, layer: Recorder(layer, settings.mode)) as recorders:
         for tokens_BS in batches(model, tokens_WS):
             for recorder in recorders:
                 recorder.begin(tokens_BS.shape[1])
@@ -82,8 +82,9 @@ class Recorder(LocalExchange):
     maxima_WU: torch.Tensor
     choices_WE: torch.Tensor
 
-    def __init__(self, experts: Experts, mode: str) -> None:
-        self.experts, self.mode = experts, mode
+    def __init__(self, layer: MoELayer, mode: str) -> None:
+        assert layer.experts is not None
+        self.experts, self.mode = layer.experts, mode
 
     def begin(self, window: int) -> None:
         """The next tokens are those of samples of `window` tokens."""

@@ -55,7 +55,7 @@ def test_maxima_and_choices(mode, router):
 
 
 def test_a_policy_that_sends_several_times():
-    _, model = byte_model(moe={"router": {"name": "stratified", "strata": "2,2"}})
+    _, model = byte_model(moe={"router": {"name": "stratified"}})
     dense, routed = (
         record(model, TOKENS_WS, Settings(mode=mode), top_k=1, step=0) for mode in ("dense", "routed")
     )
