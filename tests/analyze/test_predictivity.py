@@ -60,4 +60,4 @@ def test_the_best_of_many_neurons_of_noise_is_far_above_a_half():
     """The bias that the baseline is for: 3072 neurons, 400 samples."""
     rng = np.random.default_rng(0)
     best = predictivity(rng.random((3072, 400)), (np.arange(400) < 200)[None]).max()
-    assert 0.62 < best < 0.70
+    assert 0.60 < best < 0.65
