@@ -17,12 +17,12 @@ def standing_in(model: Backbone, make: Callable[[int, MoELayer], Standing]) -> I
 
     Layers are counted from 0 among the mixture layers. Outside the `with` block the model is as before.
     """
-    before = [layer.exchange for layer in model.moe_layers]
+    before = [(layer, layer.exchange) for layer in model.moe_layers]
     standing = [make(i, layer) for i, layer in enumerate(model.moe_layers)]
     try:
         for layer, exchange in zip(model.moe_layers, standing, strict=True):
             layer.exchange = exchange
         yield standing
     finally:
-        for layer, exchange in zip(model.moe_layers, before, strict=True):
-            layer.exchange = exchange
+        for layer, was in before:
+            layer.exchange = was

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megamoe.analyze.report import Values
-from megamoe.training.plots import ACCENT, MUTED, STYLE, TRAIN, VALID
+from megamoe.training.plots import ACCENT, MUTED, STYLE, VALID
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = ("experts", "random experts", "neurons", "random neurons")
+_BESIDE: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
 
 def plot_analysis(found: Values, folder: Path) -> list[Path]:
@@ -103,7 +104,7 @@ def _over_training(axes: "Axes", found: Values) -> None:
             axes.plot(_steps(found), values, line, color=shade, linewidth=1.8 if line == "-" else 0.9,
                       label=function if line == "-" else None)  # fmt: skip
     axes.set_xlabel("step")
-    axes.legend(ncols=2, fontsize=7.5)
+    axes.legend(**_BESIDE)
 
 
 def _stability(axes: "Axes", found: Values) -> None:
@@ -121,19 +122,18 @@ def _effects(title: str, kinds: Sequence[str]) -> Any:
 
     def draw(axes: "Axes", found: Values) -> None:
         axes.set_title(f"Rise of bits per token: {title}")
-        for i, (kind, text) in enumerate((kind, text) for kind in kinds for text in ("own", "others")):
+        bars = [(kind, text) for kind in kinds for text in ("own", "others")]
+        for i, (kind, text) in enumerate(bars):
+            look: Any = {"color": ACCENT if kind == kinds[0] else MUTED, "alpha": 1 if text == "own" else 0.4}
+            axes.barh(0, 0, **look, label=f"{kind}: {text}")
             for place, function in enumerate(found["functions"]):
                 values = [effect[text] for effect in found["perturbation"][function].get(kind, [])]
-                color = (TRAIN if text == "others" else ACCENT) if kind == kinds[0] else MUTED
                 y = place - 0.3 + 0.2 * i
                 if values:
-                    axes.barh(y, fmean(values), 0.18, color=color, alpha=0.5 if text == "others" else 1)
+                    axes.barh(y, fmean(values), 0.18, **look)
                     axes.plot([min(values), max(values)], [y, y], color="black", linewidth=0.8)
-            axes.barh(
-                [0], [0], color=color, alpha=0.5 if text == "others" else 1, label=f"{kind}, {text} text"
-            )
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.legend(fontsize=7.5)
+        axes.legend(**_BESIDE)
         _functions_on_y(axes, found)
 
     return draw

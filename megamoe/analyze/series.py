@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,7 @@ def open_series(paths: Sequence[Path], *, untrained: bool = False) -> Series:
             f"checkpoint {str(last)!r}: its tokenizer has {tokenizer.vocab_size} symbols, its model"
             f" {run.model.vocab_size}; it is corrupt or was changed"
         )
-    checkpoints = [
-        Checkpoint(str(folder), step, lambda folder=folder: load_model(folder)) for step, folder, _ in found
-    ]
+    checkpoints = [Checkpoint(str(folder), step, partial(load_model, folder)) for step, folder, _ in found]
     if untrained:
         checkpoints.insert(0, Checkpoint("untrained", 0, lambda: model_of(run).eval()))
     return Series(run, tokenizer, checkpoints)
