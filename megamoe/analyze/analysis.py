@@ -56,20 +56,19 @@ def analyze(
         model = checkpoint.load().to(Device.detect().kind)
         looks.append(_Look.at(checkpoint, model, groups, settings, top_k))
     scores_CQLU = np.stack([look.scores_QLU for look in looks])
-    names = list(looks[-1].findings)
     rng = np.random.default_rng(hash_of(settings.seed, "stability"))
-    model_of_series, moe = series.run.model, series.run.moe
+    moe = series.run.moe
     return {
         "settings": asdict(settings),
         "tokens": series.tokenizer.label,
         "top_k": top_k,
         "router": moe.router.name,
-        "layers": list(moe.layer_indices(model_of_series.n_layers)),
+        "layers": list(moe.layer_indices(series.run.model.n_layers)),
         "n_experts": moe.n_experts,
         "d_expert": moe.d_expert,
         "samples": {group.name: len(group.tokens_WS) // len(group.classes) for group in groups},
         "skipped": skipped,
-        "functions": names,
+        "functions": list(looks[-1].findings),
         "checkpoints": [look.to_dict() for look in looks],
         "stability": {
             name: _plain(matrix)
