@@ -78,11 +78,14 @@ def _setting(found: Values) -> str:
 
 
 def _neuron_rows(found: Values) -> tuple[list[str], list[list[str]]]:
-    header = ["function", "layer", "best", "chance", "p", "above", "information", "chance", "p"]
+    first = found["checkpoints"][0]
+    at_first = f"best at step {first['step']:,}"
+    header = ["function", "layer", at_first, "best", "chance", "p", "above", "information", "chance", "p"]
     rows = [
         [
             name,
             str(layer),
+            f"{first['findings'][name][found['layers'].index(layer)]['best']:.3f}",
             f"{f['best']:.3f}",
             f"{f['best_chance']:.3f}",
             f"{f['best_p']:.3f}",
