@@ -13,7 +13,7 @@ from megamoe.config.load import read_file
 from megamoe.config.schema import RunConfig
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG, resolve_ds_config
-from megamoe.training.environment import describe_environment
+from megamoe.training.environment import describe_environment, machine_line
 from megamoe.training.run_folder import write_json
 from megamoe.training.session import read_corpus
 from megamoe.training.terminal import open_terminal
@@ -68,15 +68,9 @@ def report(base: RunConfig, summary: dict[str, Any], jobs: int, command: str) ->
     summary = facts | summary
     write_json(folder / "compare.json", summary)
     images = plot_comparison(summary, folder)
-    where = f"{summary['date']}, {_machine(environment)}, {jobs} runs at a time."
+    where = f"{summary['date']}, {machine_line(environment)}, {jobs} runs at a time."
     (folder / "compare.md").write_text(markdown(summary, images, command, where), encoding="utf-8")
     console = open_terminal()
     console.print(terminal_table(summary))
     console.print(f"\n{folder}/compare.md, compare.json, {', '.join(image.name for image in images)}")
     return summary
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    system, versions = environment["system"], environment["packages"]
-    where = f"{system['cpu']}, {system['usable_cores']} cores, {system['memory_gib']} GiB"
-    return f"{where}, torch {versions['torch']}, deepspeed {versions['deepspeed']}"

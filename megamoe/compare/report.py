@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from megamoe.compare.summary import figure_at
+from megamoe.training.report import markdown_table
 
 
 def ranked(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -97,14 +98,14 @@ def markdown(summary: dict[str, Any], images: Sequence[Path], command: str, wher
         f"    {command}",
         where,
         "## Figures",
-        _table(*_figure_rows(summary)),
+        markdown_table(*_figure_rows(summary)),
         _verdict(summary),
         _SCORED,
         "## Cost",
-        _table(*_cost_rows(summary)),
+        markdown_table(*_cost_rows(summary)),
         _COST_NOTES,
         "## Routing",
-        _table(*_routing_rows(summary)),
+        markdown_table(*_routing_rows(summary)),
         _ROUTING_NOTES,
     ]
     parts += [f"![{image.stem}]({image.name})" for image in images]
@@ -238,8 +239,3 @@ def _routing_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -19,6 +19,7 @@ SHA256 = {
     "sentence-polarity.train.tsv": "639da9e0327b2df9b0c97c357e9ac3b79b7e609f2cfedd979a6f759031c39181",
     "sentence-polarity.dev.tsv": "ef490bbe13cb37ee422457f6ed77daa72842cc84dab2c8f9b3aa6f25a1e624bb",
     "sentence-polarity.test.tsv": "0305d4cebbd2dc513c97e234de81da0a62e721634914958c49c74fb3a94568e5",
+    "pud-parallel.tsv": "6988e554bb0cc950be62754108e4309ef95c74abee2c00b88ccb6c4b7a7ea5eb",
 }
 BUNDLED = ("enwik8", "text8", "wikitext2")
 

@@ -66,6 +66,13 @@ def describe_environment(config: Mapping[str, Any] | None = None) -> dict[str, A
     }
 
 
+def machine_line(facts: Mapping[str, Any]) -> str:
+    """What was measured on, for reports: machine, torch and deepspeed of `describe_environment`."""
+    system, versions = facts["system"], facts["packages"]
+    machine = f"{system['cpu']}, {system['usable_cores']} cores, {system['memory_gib']} GiB"
+    return f"{machine}, torch {versions['torch']}, deepspeed {versions['deepspeed']}"
+
+
 def environment_table(facts: Mapping[str, Any]) -> "Table":
     """The facts of `describe_environment` for people; lists are joined, empty facts left out."""
     from rich.table import Table

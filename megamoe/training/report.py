@@ -1,4 +1,6 @@
-"""Figures as people read them: the table of test figures by k."""
+"""Figures as people read them: the table of test figures by k, and any table in Markdown."""
+
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -23,3 +25,9 @@ def figures_table(evaluation: Evaluation, *, n_experts: int, top_k: int) -> Tabl
         remark = {top_k: "moe.top_k", n_experts: "all experts"}.get(k, "")
         table.add_row(active, *evaluation.cells(k).values(), remark)
     return table
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,1 @@
+"""What a trained model has become: which of its neurons and experts specialise in which functions."""
