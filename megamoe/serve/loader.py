@@ -1,0 +1,50 @@
+"""The thread that loads experts while others are computed."""
+
+import queue
+import threading
+from types import TracebackType
+
+from megamoe.errors import CheckpointError
+from megamoe.serve.slots import ExpertSlots
+
+WAITING_LAYERS = 256
+"""Layers that may wait to be served; beyond that what they expect is loaded on demand."""
+
+
+class Loader:
+    """Serves the layers that wake it, in the order in which they do, until it is closed."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[ExpertSlots | None] = queue.Queue(WAITING_LAYERS)
+        self._closed = False
+        # As a daemon it holds up no exit, whatever way the program takes.
+        self._thread = threading.Thread(target=self._serve, name="expert-loader", daemon=True)
+        self._thread.start()
+
+    def wake(self, slots: ExpertSlots) -> None:
+        """Load what `slots` expects; returns at once."""
+        try:
+            self._waiting.put_nowait(slots)
+        except queue.Full:
+            pass  # it is a hint, no more
+
+    def close(self) -> None:
+        """End after the copy under way."""
+        self._closed = True
+        self._waiting.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        while (slots := self._waiting.get()) is not None and not self._closed:
+            try:
+                slots.load_expected()
+            except CheckpointError:
+                pass  # whoever needs that expert meets the same error, and can tell

@@ -1,0 +1,153 @@
+"""Experts in slots against experts in memory: the same numbers, whatever is where when."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megamoe
+from megamoe.config import from_dict
+from megamoe.errors import CheckpointError, ConfigError
+from megamoe.models.transformer_xl import TransformerXL
+from megamoe.serve.budget import Budget
+from megamoe.serve.offload import OffloadedModel
+from megamoe.serve.replacement import POLICIES, count_misses
+from tests.checkpoint.runs import RUN, VOCAB_SIZE
+from tests.checkpoint.small import write_model
+from tests.serve.models import write_language_model
+
+N_EXPERTS = 6
+TOKENS = torch.randint(32, (3, 2, 9), generator=torch.Generator().manual_seed(5))
+"""Three segments of two rows."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    moe = {"layers": "all", "n_experts": N_EXPERTS}
+    return write_language_model(tmp_path_factory.mktemp("run") / "best", moe=moe)
+
+
+def slots_of(n: int) -> Budget:
+    return Budget.parse(f"{100 * (n + 0.01) / N_EXPERTS}%")
+
+
+@torch.no_grad()
+def scores(model: Any, top_k: int = 2) -> torch.Tensor:
+    memory, parts = None, []
+    for ids_BS in TOKENS:
+        output = model(ids_BS, memory=memory, top_k=top_k, return_logits=True)
+        memory = output.memory
+        parts.append(output.logits_BSV)
+    return torch.stack(parts)
+
+
+@pytest.mark.parametrize("n_slots", range(1, N_EXPERTS + 1))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_scores_are_those_of_the_resident_model(folder: Path, n_slots: int, policy: str) -> None:
+    expected = scores(megamoe.load_model(folder))
+    offloaded = OffloadedModel(folder, slots_of(n_slots), policy, in_background=False)
+    for slots in offloaded.slots:
+        assert slots.n_slots == n_slots
+        slots.calls = []
+    assert torch.equal(scores(offloaded.model), expected)
+    for slots in offloaded.slots:
+        assert slots.calls is not None
+        traffic = slots.traffic
+        assert len(slots.calls) == len(TOKENS)
+        assert traffic.misses == count_misses(slots.calls, n_slots, POLICIES[policy]())
+        assert traffic.hits + traffic.misses == sum(map(len, slots.calls))
+        assert traffic.loads == traffic.misses
+        assert traffic.n_bytes == traffic.loads * slots.stored.n_bytes
+        assert traffic.evictions == max(0, traffic.loads - n_slots)
+        assert traffic.late == 0
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 4, N_EXPERTS])
+def test_no_expectation_changes_scores(folder: Path, n_slots: int) -> None:
+    expected = scores(megamoe.load_model(folder))
+    draws = torch.Generator().manual_seed(n_slots)
+    for _ in range(5):
+        offloaded = OffloadedModel(folder, slots_of(n_slots))
+        for slots in offloaded.slots:
+            for _ in range(len(TOKENS)):
+                slots.expect(torch.randperm(N_EXPERTS, generator=draws)[:4].tolist())
+        assert torch.equal(scores(offloaded.model), expected)
+        offloaded.close()
+        assert torch.equal(scores(offloaded.model), expected)
+
+
+def test_what_is_expected_is_there_when_it_is_needed(folder: Path) -> None:
+    first = OffloadedModel(folder, slots_of(N_EXPERTS), in_background=False)
+    for slots in first.slots:
+        slots.calls = []
+    scores(first.model, top_k=1)
+    largest = max(len(needed) for slots in first.slots for needed in slots.calls or ())
+    second = OffloadedModel(folder, slots_of(largest))
+    for ours, theirs in zip(second.slots, first.slots, strict=True):
+        for needed in theirs.calls or ():
+            ours.expect(needed)
+    assert torch.equal(scores(second.model, top_k=1), scores(first.model, top_k=1))
+    second.close()
+    assert second.traffic.misses == 0 or second.traffic.late + second.traffic.hits > 0
+    assert second.traffic.hit_rate > first.traffic.hit_rate or largest == N_EXPERTS
+
+
+def test_all_experts_in_slots_are_loaded_once(folder: Path) -> None:
+    offloaded = OffloadedModel(folder, Budget.parse("100%"), in_background=False)
+    scores(offloaded.model, top_k=N_EXPERTS)
+    scores(offloaded.model, top_k=N_EXPERTS)
+    assert offloaded.traffic.loads == N_EXPERTS * len(offloaded.slots)
+    assert offloaded.traffic.evictions == 0
+    assert offloaded.traffic.hit_rate == 1 - 1 / (2 * len(TOKENS))
+
+
+@pytest.mark.parametrize("router", ["smoe", "cosine", "sigma", "switch", "dense", "random", "hash"])
+def test_other_policies(tmp_path: Path, router: str) -> None:
+    config = from_dict(RUN | {"moe": RUN["moe"] | {"router": {"name": router}}})
+    config = replace(config, model=replace(config.model, vocab_size=VOCAB_SIZE))
+    model = TransformerXL(config.model, config.moe, seed=1).eval()
+    offloaded = OffloadedModel(write_model(tmp_path / "best", config, model), Budget.parse("50%"))
+    assert torch.equal(scores(offloaded.model), scores(model))
+    offloaded.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "1B",
+            "budget = 1B: no room for one expert in each of 2 layers; give at least 2240 bytes, or 0.1667",
+        ),
+        ("5%", "budget = 5%: no room for one expert"),
+        ("0%", "budget = '0%': give bytes, as 64MiB, or a share of all experts, as 25%"),
+        ("many", "budget = 'many': give bytes"),
+        ("12", "budget = '12': give bytes"),
+    ],
+)
+def test_refusals_of_budgets(folder: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        OffloadedModel(folder, Budget.parse(text))
+
+
+def test_refusal_of_a_model_without_experts(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "best", moe={"layers": "none"})
+    with pytest.raises(ConfigError, match="^budget = 1MiB: this model has no experts; leave it out"):
+        OffloadedModel(folder, Budget.parse("1MiB"))
+
+
+def test_files_that_are_damaged_while_serving(folder: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "best"
+    damaged.mkdir()
+    for file in folder.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    offloaded = OffloadedModel(damaged, slots_of(2))
+    for file in damaged.glob("*.safetensors"):
+        file.unlink()
+        file.write_bytes(b"\0" * 100)
+    for slots in offloaded.slots:
+        slots.expect(range(2))
+    with pytest.raises(CheckpointError, match="^checkpoint '.*best': .*safetensors: "):
+        scores(offloaded.model)
+    offloaded.close()
