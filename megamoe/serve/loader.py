@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 from megamoe.errors import CheckpointError
@@ -23,10 +24,8 @@ class Loader:
 
     def wake(self, slots: ExpertSlots) -> None:
         """Load what `slots` expects; returns at once."""
-        try:
+        with suppress(queue.Full):  # it is a hint, no more
             self._waiting.put_nowait(slots)
-        except queue.Full:
-            pass  # it is a hint, no more
 
     def close(self) -> None:
         """End after the copy under way."""
@@ -44,7 +43,5 @@ class Loader:
 
     def _serve(self) -> None:
         while (slots := self._waiting.get()) is not None and not self._closed:
-            try:
+            with suppress(CheckpointError):  # whoever needs that expert meets the same, and can tell
                 slots.load_expected()
-            except CheckpointError:
-                pass  # whoever needs that expert meets the same error, and can tell

@@ -43,7 +43,7 @@ class Lru(Fifo):
 
 
 class Lfu(Fifo):
-    """The expert that was used least often since the start goes first; of several, the one that came first."""
+    """The expert that was used least often goes first; of several, the one that came first."""
 
     def __init__(self) -> None:
         super().__init__()

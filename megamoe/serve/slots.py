@@ -18,7 +18,6 @@ from megamoe.moe.mixture import Weights
 from megamoe.serve.replacement import Fifo, choose_victim
 from megamoe.serve.stored_experts import StoredExperts
 
-
 NONE = -1
 """In the place of an expert."""
 
