@@ -30,7 +30,8 @@ class Loader:
     def close(self) -> None:
         """End after the copy under way."""
         self._closed = True
-        self._waiting.put(None)
+        with suppress(queue.Full):  # then something else wakes it
+            self._waiting.put_nowait(None)
         self._thread.join()
 
     def __enter__(self) -> "Loader":

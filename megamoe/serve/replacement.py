@@ -81,8 +81,10 @@ class Belady(Fifo):
 
     def order(self) -> Iterable[int]:
         """By next use."""
-        never = float("inf")
-        return sorted(self._residents, key=lambda expert: -(self._uses[expert] or [never])[-1])
+        never = float("-inf")
+        return sorted(
+            self._residents, key=lambda expert: -self._uses[expert][-1] if self._uses[expert] else never
+        )
 
 
 POLICIES = {"fifo": Fifo, "lru": Lru, "lfu": Lfu}

@@ -45,7 +45,7 @@ def score(
             sentences were trained on.
     """
     reader = CheckpointReader(locate(checkpoint))
-    run = _with_overrides(reader.config, overrides)
+    run = with_overrides(reader.config, overrides)
     require_causal(run)
     top_ks = top_ks_to_score(run, run.evaluation.top_ks)
     with joined(launch) as world:
@@ -77,7 +77,8 @@ def _read_unseen_sentences(run: RunConfig, reader: CheckpointReader, split: str)
     return sentences
 
 
-def _with_overrides(run: RunConfig, overrides: Iterable[str]) -> RunConfig:
+def with_overrides(run: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The run of a checkpoint, reading another text or scored in another way; see `score`."""
     values = parse_overrides(overrides)
     text = "task" if run.task.name else "data"
     for section in values:
