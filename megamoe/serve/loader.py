@@ -3,7 +3,6 @@
 import queue
 import threading
 from contextlib import suppress
-from types import TracebackType
 
 from megamoe.errors import CheckpointError
 from megamoe.serve.slots import ExpertSlots
@@ -33,14 +32,6 @@ class Loader:
         with suppress(queue.Full):  # then something else wakes it
             self._waiting.put_nowait(None)
         self._thread.join()
-
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _serve(self) -> None:
         while (slots := self._waiting.get()) is not None and not self._closed:

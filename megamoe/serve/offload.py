@@ -2,7 +2,8 @@
 
 import math
 import threading
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ class OffloadedExperts(Experts):
 
 
 class OffloadedModel:
-    """A language model in evaluation mode, its mixture layers with slots. Close it after use.
+    """A language model in evaluation mode, its mixture layers with slots.
 
     Args:
         path: as `load_model` takes it.
@@ -81,14 +82,15 @@ class OffloadedModel:
         lock = threading.Lock()
         stored = [StoredExperts(reader, name, experts, lock) for name, experts in layers.items()]
         n_slots = slots_of_layer(budget, stored)
-        self._loader = Loader() if in_background else None
-        wake: Callable[[ExpertSlots], None] | None = self._loader.wake if self._loader else None
+        loader = Loader() if in_background else None
+        wake = None if loader is None else loader.wake
         device = torch.device(Device.detect().kind)
         self.slots = [ExpertSlots(experts, n_slots, POLICIES[policy](), device, wake) for experts in stored]
         for (name, experts), slots in zip(layers.items(), self.slots, strict=True):
             self.model.set_submodule(name, OffloadedExperts(experts, slots))
         self.model.to(device)
         self.n_bytes = sum(slots.n_slots * slots.stored.n_bytes for slots in self.slots)
+        self._close = weakref.finalize(self, loader.close) if loader else lambda: None
 
     @property
     def traffic(self) -> Traffic:
@@ -97,8 +99,7 @@ class OffloadedModel:
 
     def close(self) -> None:
         """End the loading in the background; experts are loaded on demand from here on."""
-        if self._loader is not None:
-            self._loader.close()
+        self._close()
 
 
 def slots_of_layer(budget: Budget, stored: Collection[StoredExperts]) -> int:

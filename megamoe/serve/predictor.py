@@ -88,6 +88,14 @@ class Predictor(nn.Module):
         n_past_B = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return PredictorState(h_2BW, h_2BW, past_BPW, n_past_B)
 
+    def read_text(self, x_BSD: torch.Tensor) -> PredictorState:
+        """What is remembered of texts, of any length or none."""
+        state = self.initial_state(len(x_BSD))
+        if x_BSD.shape[1]:
+            for piece_BSD in x_BSD.split(self.shape.context, dim=1):
+                _, state = self(piece_BSD, state)
+        return state
+
     def forward(
         self, x_BSD: torch.Tensor, state: PredictorState | None = None
     ) -> tuple[torch.Tensor, PredictorState]:
