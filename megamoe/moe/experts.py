@@ -13,7 +13,7 @@ from megamoe.moe.dropout import Dropout
 from megamoe.moe.exchange import Arrived
 from megamoe.moe.grouped import mix_grouped
 from megamoe.moe.initialization import normal
-from megamoe.moe.mixture import Choices, Weights, mix
+from megamoe.moe.mixture import Choices, Weights, mix, mix_fetched
 from megamoe.moe.precision import at_least_fp32, out_of_autocast
 from megamoe.moe.randomness import draw
 
@@ -95,7 +95,10 @@ class Experts(nn.Module):
         """The weighted sum over the choices, [N, D]; weights are in the order of the sorted choices."""
         with out_of_autocast(x_ND, *self.weights) as (x_ND, *stacks):
             weights = Weights(*stacks)
-            return choose_path(x_ND, weights.w_in)(x_ND, choices, weights_P, weights, self.dropout)
+            path = choose_path(x_ND, weights.w_in)
+            if path is mix and choices.keys_P is None and not torch.is_grad_enabled():
+                return mix_fetched(x_ND, choices, weights_P, weights.of)
+            return path(x_ND, choices, weights_P, weights, self.dropout)
 
     def fetch(self, expert: int) -> Weights:
         """The parameters of one of the experts here."""

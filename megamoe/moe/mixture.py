@@ -94,6 +94,8 @@ def mix_fetched(
 ) -> torch.Tensor:
     """`mix` bit for bit, without gradient and dropout, of experts that need not be in memory together.
 
+    Experts without choices cost nothing, which counts where few tokens are read at once.
+
     Args:
         fetch: gives the parameters of an expert, which are used before the next call. It is asked for those
             that have choices alone, in rising order.
@@ -235,8 +237,7 @@ def _each(choices: Choices, x_ND: torch.Tensor) -> Iterator[_One]:
     for expert, count in enumerate(choices.counts_E.tolist()):
         where = slice(first, first + count)
         token_n = choices.token_P[where]
-        every_N = torch.arange(len(x_ND), device=token_n.device)
-        all_tokens = count == len(x_ND) and torch.equal(token_n, every_N)
+        all_tokens = count == len(x_ND) and torch.equal(token_n, torch.arange(count, device=token_n.device))
         yield _One(expert, where, token_n, all_tokens, count + -count % multiple)
         first += count
 
