@@ -1,7 +1,8 @@
 """From a checkpoint to its predictor: read text, record how it is routed, learn that, write the folder."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megamoe.serve.generation import experts_to_use, require_language_model, tex
 from megamoe.serve.predictor import Predictor, PredictorShape
 from megamoe.serve.predictor_file import ROUTINGS, save_predictor
 from megamoe.serve.predictor_training import Fit, train_predictor
-from megamoe.serve.recording import record_routings
+from megamoe.serve.recording import RoutingRecords, record_routings
 from megamoe.training.scoring import with_overrides
 from megamoe.training.session import load_checked_corpus, require_same_tokens
 
@@ -67,26 +68,43 @@ def learn_predictor(
     model: TransformerXL = load_model(reader.folder)
     if not any(layer.experts for layer in model.moe_layers):
         raise ConfigError("moe: this model has no experts to predict; give a checkpoint of another")
-    unfinished = temporary(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / ROUTINGS).mkdir(parents=True)
-    try:
+    with _complete_or_absent(folder) as unfinished:
         records = record_routings(
             model, stream, unfinished / ROUTINGS, n_segments=stream.n_segments,
             top_k=top_k, step=reader.state.step, span=text_span(run),
         )  # fmt: skip
-        shape = PredictorShape(
-            d_model=run.model.d_model, n_layers=len(records.layers), n_experts=records.n_experts, width=width
-        )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.training.seed)
-            predictor = Predictor(shape)
+        predictor = _new_predictor(run, records, width)
         fit = train_predictor(predictor, model.embedding, records, epochs=epochs, after_epoch=after_epoch)
         save_predictor(predictor, unfinished, model, asdict(fit) | {"corpus": corpus.name})
+    return fit
+
+
+@contextmanager
+def _complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder to fill, with one for routings, that gets its name at the end and is removed on errors."""
+    unfinished = temporary(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        try:
+            (unfinished / ROUTINGS).mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(
+                f"output = {str(folder)!r}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
+        yield unfinished
         publish(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return fit
+
+
+def _new_predictor(run: RunConfig, records: RoutingRecords, width: int) -> Predictor:
+    """Untrained, from the run's seed."""
+    shape = PredictorShape(
+        d_model=run.model.d_model, n_layers=len(records.layers), n_experts=records.n_experts, width=width
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.training.seed)
+        return Predictor(shape)
 
 
 def read_text_of(

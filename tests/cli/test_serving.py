@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,12 @@ from tests.cli.conftest import Done
 from tests.cli.test_cli import refusal
 
 
-def write_served(folder: Path, project: Path, seed: int = 1) -> Path:
+def write_served(folder: Path, project: Path, **updates: Any) -> Path:
     """A model of random weights, as if it had been trained on the text of `project`."""
     data = {"dataset": "text", "path": str(project / "data")}
-    config = from_dict(merge(RUN, {"data": data, "moe": {"layers": "all"}, "training": {"seed": seed}}))
+    config = from_dict(merge(RUN, merge({"data": data, "moe": {"layers": "all"}}, updates)))
     config = replace(config, model=replace(config.model, vocab_size=256))
-    model = TransformerXL(config.model, config.moe, seed=seed)
+    model = TransformerXL(config.model, config.moe, seed=config.training.seed)
     return write_model(folder, config, model, tokenizer=ByteTokenizer().to_dict())
 
 
@@ -120,12 +121,16 @@ def test_several_tokens_at_once(served, capsys):
         (("predict-experts", "{served}", "{new}", "--tokens", "0"), "tokens = 0: give a number above 0"),
         (("predict-experts", "{served}", "{new}", "--tokens", "40"), "tokens = 40: fewer than two segments"),
         (("predict-experts", "{none}", "{new}"), "checkpoint '"),
+        (("predict-experts", "{served}", "/proc/none/new"), "output = '/proc/none/new': cannot be written"),
+        (("predict-experts", "{dense}", "{new}"), "moe: this model has no experts to predict"),
     ],
 )  # fmt: skip
 def test_refusals(arguments, message, served, predictor, project, capsys, tmp_path):
     places = {"served": served, "predictor": predictor, "new": tmp_path / "new", "none": tmp_path / "none"}
     if "{other}" in arguments:
-        places["other"] = write_served(tmp_path / "best", project, seed=2)
+        places["other"] = write_served(tmp_path / "best", project, training={"seed": 2})
+    if "{dense}" in arguments:
+        places["dense"] = write_served(tmp_path / "best", project, moe={"layers": "none"})
     done = run(capsys, *(argument.format(**places) for argument in arguments))
     assert refusal(done).startswith(message)
     assert not (tmp_path / "new").exists()
