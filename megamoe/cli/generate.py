@@ -4,8 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from megamoe.cli.experts import add_expert_budget, read_expert_budget
 from megamoe.errors import ConfigError, DataError
-from megamoe.serve.budget import Budget
 from megamoe.serve.settings import Settings
 
 SUMMARY = "go on with a text, at any number of active experts"
@@ -43,10 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             *dict.fromkeys((f"--{name}", f"--{attribute}")), type=kind, metavar="N",
             default=getattr(Settings, attribute), help=f"{what} (default: %(default)s)",
         )  # fmt: skip
-    parser.add_argument(
-        "--expert-budget", "--expert_budget", metavar="SIZE",
-        help="memory for experts, as 64MiB or 25%%; the others are loaded as they are needed (default: all)",
-    )  # fmt: skip
+    add_expert_budget(parser)
     parser.add_argument(
         "--predictor", type=Path, metavar="DIR", help="load them ahead by what megamoe predict-experts wrote"
     )
@@ -57,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """Generate and print."""
     names = ("k", "max_new_tokens", "temperature", "top_p", "samples", "seed")
     settings = Settings(
-        **{name: getattr(args, name) for name in names}, predictor=args.predictor,
-        expert_budget=None if args.expert_budget is None else Budget.parse(args.expert_budget),
+        **{name: getattr(args, name) for name in names},
+        expert_budget=read_expert_budget(args), predictor=args.predictor,
     )  # fmt: skip
     prompts = [os.fsencode(prompt) for prompt in args.prompt] + [_read(file) for file in args.prompt_file]
     if not prompts:

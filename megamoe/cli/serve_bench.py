@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import shlex
+import sys
+from datetime import date
 from pathlib import Path
 
 from megamoe.errors import ConfigError
@@ -56,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         budgets=budgets, n_tokens=args.tokens, at_once=args.at_once, policy=args.policy,
         predictor=args.predictor, k=args.k, split=args.split,
     )  # fmt: skip
-    result = bench_serving(args.checkpoint, settings, args.overrides)
+    result = {"command": shlex.join(["megamoe", *sys.argv[1:]]), "date": date.today().isoformat()}
+    result |= bench_serving(args.checkpoint, settings, args.overrides)
     print(json.dumps(result, indent=2) if args.json else report(result))
     if args.output:
         args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -102,6 +102,11 @@ class OffloadedModel:
         self._close()
 
 
+def load_offloaded(path: str | Path, budget: Budget) -> TransformerXL:
+    """The model of `path`, whose experts are loaded as they are needed; see `OffloadedModel`."""
+    return OffloadedModel(path, budget, in_background=False).model
+
+
 def slots_of_layer(budget: Budget, stored: Collection[StoredExperts]) -> int:
     """Slots that each layer gets: as many as fit, at most one for each expert.
 

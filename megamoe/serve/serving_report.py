@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 Values: TypeAlias = dict[str, Any]
 
 _REPORT = """\
+{date}, `{command}`.
 {corpus}, {split} split, {tokens:,} {unit}s{how}, k = {top_k} of {n_experts} experts, {policy}.
 {machine}.
 
@@ -31,7 +32,7 @@ Loads on demand that each policy would have needed, and Belady's, who knows the 
 
 
 def report(result: Values) -> str:
-    """The result as Markdown, without a heading."""
+    """The result as Markdown, without a heading; `command` and `date` are those of the caller."""
     names = [name for name in result["policies"][0] if name not in ("budget", "needed", "belady")]
     misses = [
         f"| {entry['budget']} | {entry['needed']:,} | "

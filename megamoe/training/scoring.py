@@ -1,7 +1,8 @@
 """A checkpoint scored on its own, outside training, on any number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from megamoe.checkpoint.load import load_model, load_tokenizer
 from megamoe.checkpoint.reader import CheckpointReader, locate
@@ -24,7 +25,11 @@ OF_SENTENCES = ("path", "valid_fraction", "max_overlap")
 
 
 def score(
-    checkpoint: str | Path, split: str, overrides: Iterable[str], launch: Launch
+    checkpoint: str | Path,
+    split: str,
+    overrides: Iterable[str],
+    launch: Launch,
+    load: Callable[[Path], Any] = load_model,
 ) -> tuple[RunConfig, Evaluation]:
     """Score a checkpoint in fp32; every process of the launch calls this and gets the same.
 
@@ -36,6 +41,7 @@ def score(
         overrides: ``data.option=value`` (of a classifier, ``task.option=value``) and
             ``evaluation.option=value``, over what the run had.
         launch: who this process is.
+        load: gives the model of a checkpoint's folder.
 
     Returns:
         The config of the run with the overrides, and its figures.
@@ -50,7 +56,7 @@ def score(
     top_ks = top_ks_to_score(run, run.evaluation.top_ks)
     with joined(launch) as world:
         text = agree(world, lambda: _read_text(run, reader, split))
-        model = agree(world, lambda: load_model(reader.folder)).to(world.device)
+        model = agree(world, lambda: load(reader.folder)).to(world.device)
         how = (split, top_ks, run, world)
         if isinstance(text, SentenceSet):
             return run, evaluate_sentences(model, text, *how, step=reader.state.step)

@@ -68,6 +68,13 @@ def test_texts_are_the_same_from_few_slots(served, predictor, capsys):
     assert ", k = 2 of 4, 1 in memory, " in done.errors
 
 
+def test_figures_are_the_same_from_few_slots(served, capsys):
+    words = ("evaluate", served, "evaluation.batch_size=4", "evaluation.top_ks=1,3", "--json")
+    expected = run(capsys, *words)
+    assert expected.code == 0, expected.errors
+    assert run(capsys, *words, "--expert-budget", "25%").output == expected.output
+
+
 def test_serving_is_measured(served, predictor, capsys, tmp_path):
     options = (
         "--predictor",
@@ -116,6 +123,7 @@ def test_several_tokens_at_once(served, capsys):
         (("serve-bench", "{other}", "--predictor", "{predictor}"), "predictor '"),
         (("serve-bench", "{served}", "model.n_layers=3"), "model: belongs to the trained model"),
         (("generate", "{served}", "--prompt", "a", "--expert-budget", "1%"), "budget = 1%: no room for one"),
+        (("evaluate", "{served}", "--expert-budget", "1%"), "budget = 1%: no room for one expert"),
         (("generate", "{served}", "--prompt", "a", "--predictor", "x"), "predictor = x: loads nothing ahead"),
         (("predict-experts", "{served}", "{predictor}"), "output = '"),
         (("predict-experts", "{served}", "{new}", "--tokens", "0"), "tokens = 0: give a number above 0"),
