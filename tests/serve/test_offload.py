@@ -1,5 +1,7 @@
 """Experts in slots against experts in memory: the same numbers, whatever is where when."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ from megamoe.config import from_dict
 from megamoe.errors import CheckpointError, ConfigError
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.serve.budget import Budget
+from megamoe.serve.loader import WAITING_LAYERS
 from megamoe.serve.offload import OffloadedModel
 from megamoe.serve.replacement import POLICIES, count_misses
 from tests.checkpoint.runs import RUN, VOCAB_SIZE
 from tests.checkpoint.small import write_model
+from tests.environment import environment
+from tests.processes import PATIENCE_SECONDS
 from tests.serve.models import write_language_model
 
 N_EXPERTS = 6
@@ -120,6 +125,34 @@ def test_all_experts_in_slots_are_loaded_once(folder: Path) -> None:
     assert offloaded.traffic.loads == N_EXPERTS * len(offloaded.slots)
     assert offloaded.traffic.evictions == 0
     assert offloaded.traffic.hit_rate == 1 - 1 / (2 * len(TOKENS))
+
+
+def test_more_layers_than_may_wait_hold_nobody_up(folder: Path) -> None:
+    offloaded = OffloadedModel(folder, slots_of(2))
+    for _ in range(WAITING_LAYERS):
+        for slots in offloaded.slots:
+            slots.expect([0, 5])
+    offloaded.close()
+    offloaded.slots[0].expect([1])
+    assert torch.equal(scores(offloaded.model), scores(megamoe.load_model(folder)))
+
+
+def test_a_program_ends_without_closing_anything(folder: Path) -> None:
+    program = f"""
+from megamoe.serve.budget import Budget
+from megamoe.serve.loader import WAITING_LAYERS
+from megamoe.serve.offload import OffloadedModel
+
+offloaded = OffloadedModel({str(folder)!r}, Budget.parse("50%"))
+for _ in range(100):
+    for slots in offloaded.slots:
+        slots.expect(range(6))
+raise SystemExit(7)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, timeout=PATIENCE_SECONDS
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"", b"")
 
 
 @pytest.mark.parametrize("router", ["smoe", "cosine", "sigma", "switch", "dense", "random", "hash"])
