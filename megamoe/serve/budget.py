@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megamoe.errors import ConfigError
 
-_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_WRITTEN = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]iB|B|%)?")
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_WRITTEN = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B|%)")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Budget:
         text: as it was written.
     """
 
-    amount: float
+    amount: Fraction
     is_share: bool
     text: str
 
@@ -31,14 +32,14 @@ class Budget:
             ConfigError: it is neither.
         """
         match = _WRITTEN.fullmatch(text)
-        if match is None or match[2] is None or float(match[1]) <= 0:
+        if match is None or not Fraction(match[1]):
             raise ConfigError(f"budget = {text!r}: give bytes, as 64MiB, or a share of all experts, as 25%")
-        number, unit = float(match[1]), match[2]
+        number, unit = Fraction(match[1]), match[2]
         if unit == "%":
             return cls(number / 100, True, text)
         return cls(number * _UNITS[unit], False, text)
 
-    def bytes_of(self, all_bytes: int) -> float:
+    def bytes_of(self, all_bytes: int) -> Fraction:
         """Bytes, where all experts have `all_bytes`."""
         return self.amount * all_bytes if self.is_share else self.amount
 

@@ -19,11 +19,13 @@ from megamoe.serve.offload import OffloadedModel
 from megamoe.serve.replacement import POLICIES, count_misses
 from tests.checkpoint.runs import RUN, VOCAB_SIZE
 from tests.checkpoint.small import write_model
+from tests.convert.tool import convert
 from tests.environment import environment
 from tests.processes import PATIENCE_SECONDS
 from tests.serve.models import write_language_model
 
 N_EXPERTS = 6
+EXPERT_BYTES = 4 * (2 * 8 * 16 + 8 + 16)
 TOKENS = torch.randint(32, (3, 2, 9), generator=torch.Generator().manual_seed(5))
 """Three segments of two rows."""
 
@@ -35,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def slots_of(n: int) -> Budget:
-    return Budget.parse(f"{100 * (n + 0.01) / N_EXPERTS}%")
+    """Room for n experts in each layer."""
+    return Budget.parse(f"{n * 2 * EXPERT_BYTES}B")
 
 
 @torch.no_grad()
@@ -153,6 +156,25 @@ raise SystemExit(7)
         [sys.executable, "-c", program], env=environment(), capture_output=True, timeout=PATIENCE_SECONDS
     )
     assert (done.returncode, done.stdout, done.stderr) == (7, b"", b"")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_exported_model(folder: Path, tmp_path: Path, dtype: str) -> None:
+    convert("export", folder, tmp_path / "exported", "--dtype", dtype)
+    offloaded = OffloadedModel(tmp_path / "exported", slots_of(2))
+    assert torch.equal(scores(offloaded.model), scores(megamoe.load_model(tmp_path / "exported")))
+    offloaded.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "n_slots"),
+    [("30%", 3), ("39.9%", 3), ("100%", 10), ("900%", 10), (f"{4 * 2 * EXPERT_BYTES}B", 4), ("4.48KB", 2)],
+)
+def test_slots_that_a_budget_has_room_for(tmp_path: Path, text: str, n_slots: int) -> None:
+    folder = write_language_model(tmp_path / "best", moe={"layers": "all", "n_experts": 10})
+    offloaded = OffloadedModel(folder, Budget.parse(text), in_background=False)
+    assert [slots.n_slots for slots in offloaded.slots] == [n_slots] * 2
+    assert offloaded.n_bytes == n_slots * 2 * EXPERT_BYTES
 
 
 @pytest.mark.parametrize("router", ["smoe", "cosine", "sigma", "switch", "dense", "random", "hash"])
