@@ -8,13 +8,14 @@ whatever it does changes how long `fetch` takes and never what it gives.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 
 from megamoe.moe.mixture import Weights
+from megamoe.serve.device_link import DeviceLink
 from megamoe.serve.replacement import Fifo, choose_victim
 from megamoe.serve.stored_experts import StoredExperts
 
@@ -211,36 +212,3 @@ class ExpertSlots:
             self._link.used(self._slot_of[self._in_use])
         self._in_use = NONE
         self._changed.notify_all()
-
-
-class DeviceLink:
-    """Copies to slots, ended when they return, beside what computes: on a GPU on a stream of their own.
-
-    Args:
-        device: where the slots are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last_uses: dict[int, torch.cuda.Event] = {}
-
-    def used(self, slot: int) -> None:
-        """All that reads the slot has been enqueued."""
-        if self._stream is not None:
-            self._last_uses[slot] = torch.cuda.current_stream(self._stream.device).record_event()
-
-    def copy(self, rows: Sequence[torch.Tensor], into: Weights, slot: int) -> None:
-        """Copy an expert to a slot when nothing reads what was there."""
-        if self._stream is None:
-            _copy_all(rows, into)
-            return
-        with torch.cuda.stream(self._stream):
-            if slot in self._last_uses:
-                self._stream.wait_event(self._last_uses[slot])
-            _copy_all([row.pin_memory() for row in rows], into)
-        self._stream.synchronize()
-
-
-def _copy_all(rows: Sequence[torch.Tensor], into: Weights) -> None:
-    for row, place in zip(rows, into, strict=True):
-        place.copy_(row, non_blocking=True)
