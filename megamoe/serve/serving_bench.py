@@ -17,6 +17,8 @@ from megamoe.serve.budget import Budget
 from megamoe.serve.generation import experts_to_use, text_span
 from megamoe.serve.learning import read_text_of
 from megamoe.serve.measurement import HINT, ON_DEMAND, ORACLE, REPLACE, RESIDENT, Measured, Task, measure
+from megamoe.serve.offload import load_offloaded
+from megamoe.serve.predictor_file import load_predictor
 from megamoe.serve.replacement import POLICIES, Belady, count_misses
 from megamoe.serve.workload import Reading
 from megamoe.training.evaluation import in_metric
@@ -77,6 +79,7 @@ def bench_serving(
     reader = open_model(checkpoint)
     run, corpus = read_text_of(reader, overrides)
     top_k = experts_to_use(run, settings.k)
+    _require_loadable(reader.folder, settings)
     ids_N = corpus.tokens[settings.split][: settings.n_tokens + 1]
     reading = Reading(settings.at_once, top_k, reader.state.step, text_span(run))
     resident = Task(checkpoint=reader.folder, ids_N=ids_N, reading=reading, mode=RESIDENT)
@@ -111,6 +114,14 @@ def bench_serving(
         f" {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the end",
         "rows": rows, "policies": policies,
     }  # fmt: skip
+
+
+def _require_loadable(checkpoint: Path, settings: BenchSettings) -> None:
+    """Refuse budgets and a predictor that do not fit the model, before time is spent on others."""
+    for budget in settings.budgets:
+        model = load_offloaded(checkpoint, budget)
+    if settings.predictor is not None:
+        load_predictor(settings.predictor, model)
 
 
 def in_fresh_process(task: Task) -> Measured:

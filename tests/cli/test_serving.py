@@ -106,13 +106,6 @@ def test_serving_is_measured(served, predictor, capsys, tmp_path):
     assert (tmp_path / "serving.png").stat().st_size > 1000
 
 
-def test_several_tokens_at_once(served, capsys):
-    words = ("serve-bench", served, "--budget", "25%", "--tokens", "30", "--at-once", "8", "--json")
-    result = json.loads(run(capsys, *words).output)
-    assert [row["mode"] for row in result["rows"]] == ["resident", "ondemand", "oracle"]
-    assert all(row["same"] for row in result["rows"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
