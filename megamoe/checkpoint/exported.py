@@ -163,6 +163,10 @@ class ExportReader:
         """Tell that `n_bytes` were read and are done with: files do not occupy memory for long then."""
         self._mapped.release(n_bytes)
 
+    def close_files(self) -> None:
+        """Let files occupy no memory until they are read again."""
+        self._mapped.close()
+
     def verify_files(self) -> None:
         """Compare every file with its hash, if there are hashes.
 

@@ -129,6 +129,10 @@ class CheckpointReader:
         """Tell that `n_bytes` were read and are done with: shards do not occupy memory for long then."""
         self._shards.release(n_bytes)
 
+    def close_files(self) -> None:
+        """Let shards occupy no memory until they are read again."""
+        self._shards.close()
+
     def verify_files(self, part: int = 0, n_parts: int = 1) -> None:
         """Compare the bytes of every file with the hashes in the manifest.
 

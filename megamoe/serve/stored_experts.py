@@ -50,5 +50,6 @@ class StoredExperts:
         """
         with self._lock:
             rows = [self._reader.row(name, expert) for name in self._names]
-            self._reader.release(self.n_bytes)
+            # The kernel maps far more than what is read, which else stays; opening anew takes 0.25 ms.
+            self._reader.close_files()
         return rows
