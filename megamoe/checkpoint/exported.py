@@ -141,19 +141,31 @@ class ExportReader:
         Raises:
             CheckpointError: it is missing or has another.
         """
+        self.require_shape(name, shape)
+        stored = self._stored(name)
+        return stored[:].clone() if shape else stored[...].clone()
+
+    def require_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor of another shape.
+
+        Raises:
+            CheckpointError: it is missing or has another.
+        """
         found, _ = self.describe(name)
         if found != shape:
             raise self._error(f"{name}: {list(found)}, but the config's model has {list(shape)}")
-        file = self.files[name]
-        try:
-            stored = self._mapped.slice(self._listed(file).name, name)
-        except (SafetensorError, OSError) as error:
-            raise self._error(f"{file}: {name}: {error}") from None
-        return stored[:].clone() if shape else stored[...].clone()
+
+    def row(self, name: str, index: int) -> "torch.Tensor":
+        """Row `index` of a weight; no other is read."""
+        return self._stored(name)[index].clone()
 
     def release(self, n_bytes: int) -> None:
         """Tell that `n_bytes` were read and are done with: files do not occupy memory for long then."""
         self._mapped.release(n_bytes)
+
+    def close_files(self) -> None:
+        """Let files occupy no memory until they are read again."""
+        self._mapped.close()
 
     def verify_files(self) -> None:
         """Compare every file with its hash, if there are hashes.
@@ -169,6 +181,14 @@ class ExportReader:
                 raise self._error(f"{name}: cannot be read ({error})") from None
             if found != expected:
                 raise self._error(f"{name}: {_CORRUPT}")
+
+    def _stored(self, name: str) -> Any:
+        """A tensor in its file, which can be sliced."""
+        file = self.files[name]
+        try:
+            return self._mapped.slice(self._listed(file).name, name)
+        except (SafetensorError, OSError) as error:
+            raise self._error(f"{file}: {name}: {error}") from None
 
     def _header(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and code of the type of every tensor in a file."""

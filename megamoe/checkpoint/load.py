@@ -1,6 +1,7 @@
 """A checkpoint as a model to use: no DeepSpeed, no process group."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,13 @@ from megamoe.models.model_of import model_of
 from megamoe.models.transformer_xl import Backbone
 from megamoe.parallel.placement import saved_buffers
 
+NOTHING = r"(?!)"
+"""A pattern that no name fits."""
 
-def load_model(path: str | Path, *, verify: bool = True, experts: str = "restore") -> Any:
+
+def load_model(
+    path: str | Path, *, verify: bool = True, experts: str = "restore", without: str = NOTHING
+) -> Any:
     """The trained model in evaluation mode, on the CPU in fp32, with all experts.
 
     It is a `TransformerXL`, or a `Classifier` where the run has fine-tuned one.
@@ -37,15 +43,17 @@ def load_model(path: str | Path, *, verify: bool = True, experts: str = "restore
         verify: compare the files with their hashes first, so that no damaged number is loaded; an export
             whose hashes were removed is taken as it is.
         experts: what becomes of compressed ones, one of `megamoe.checkpoint.format.EXPERT_MODES`.
+        without: pattern of the names of parameters that are left on the meta device, where they occupy no
+            memory, for whoever reads them later.
 
     Raises:
         CheckpointError: there is no complete checkpoint, it is not what its manifest and config say, or its
             experts cannot be loaded so.
     """
-    reader = open_model(path)
+    reader, left = open_model(path), re.compile(without)
     require_mode(experts, reader)
     if isinstance(reader, ExportReader):
-        return _load_export(reader, verify)
+        return _load_export(reader, verify, left)
     if verify:
         reader.verify_files()
     n_weights = sum(math.prod(reader.shape("weight", name)) for name in reader.names("weight"))
@@ -53,7 +61,9 @@ def load_model(path: str | Path, *, verify: bool = True, experts: str = "restore
     replaced = replaced_names(reader)
     require_same_tensors(reader, model, apart_from=replaced)
     tensors = {
-        name: reader.tensor("weight", name) for name, _ in model.named_parameters() if name not in replaced
+        name: parameter if left.fullmatch(name) else reader.tensor("weight", name)
+        for name, parameter in model.named_parameters()
+        if name not in replaced
     }
     for name, buffer in saved_buffers(model).items():
         tensors[name] = reader.tensor("buffer", name).to(buffer.dtype)
@@ -75,7 +85,7 @@ def open_model(path: str | Path) -> CheckpointReader | ExportReader:
     return ExportReader(Path(path)) if is_export(Path(path)) else open_reader(path)
 
 
-def _load_export(reader: ExportReader, verify: bool) -> Backbone:
+def _load_export(reader: ExportReader, verify: bool, left: re.Pattern[str]) -> Backbone:
     if verify:
         reader.verify_files()
     model = _model_of(reader.config, reader.numel, reader.folder)
@@ -83,10 +93,12 @@ def _load_export(reader: ExportReader, verify: bool) -> Backbone:
     reader.require_only(empty)
     for name, values in empty.items():
         require_kind_of_number(name, reader.describe(name)[1], values, reader.folder)
-    model.load_state_dict(
-        {name: reader.tensor(name, tuple(values.shape)).to(values.dtype) for name, values in empty.items()},
-        assign=True,
-    )
+        reader.require_shape(name, tuple(values.shape))
+    tensors = {
+        name: values if left.fullmatch(name) else reader.tensor(name, tuple(values.shape)).to(values.dtype)
+        for name, values in empty.items()
+    }
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 

@@ -32,5 +32,9 @@ class MappedFiles:
         """Tell that `n_bytes` were read and are done with; past some megabytes the files are closed."""
         self._n_bytes += n_bytes
         if self._n_bytes >= _KEPT_BYTES:
-            self._open.clear()
-            self._n_bytes = 0
+            self.close()
+
+    def close(self) -> None:
+        """Close the files; they are opened again when they are needed."""
+        self._open.clear()
+        self._n_bytes = 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -124,9 +125,19 @@ class CheckpointReader:
                 values[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return values
 
+    def row(self, name: str, index: int) -> "torch.Tensor":
+        """Row `index` of a weight; no other is read."""
+        shape = self.shape("weight", name)[1:]
+        numel = math.prod(shape)
+        return self.read("weight", name, index * numel, (index + 1) * numel).view(shape)
+
     def release(self, n_bytes: int) -> None:
         """Tell that `n_bytes` were read and are done with: shards do not occupy memory for long then."""
         self._shards.release(n_bytes)
+
+    def close_files(self) -> None:
+        """Let shards occupy no memory until they are read again."""
+        self._shards.close()
 
     def verify_files(self, part: int = 0, n_parts: int = 1) -> None:
         """Compare the bytes of every file with the hashes in the manifest.

@@ -14,7 +14,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megamoe import __version__
-from megamoe.cli import compare, config, env, evaluate, finetune, generate, preflight, presets, routers, train
+from megamoe.cli import (
+    compare,
+    config,
+    env,
+    evaluate,
+    finetune,
+    generate,
+    predict_experts,
+    preflight,
+    presets,
+    routers,
+    serve_bench,
+    train,
+)
 from megamoe.errors import ConfigError, ExitCode, LostRankError, MegaMoEError, StoppedError
 from megamoe.launchers import rank_and_size
 
@@ -25,6 +38,8 @@ COMMANDS = {
     "preflight": preflight,
     "evaluate": evaluate,
     "generate": generate,
+    "predict-experts": predict_experts,
+    "serve-bench": serve_bench,
     "config": config,
     "presets": presets,
     "routers": routers,

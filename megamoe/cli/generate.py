@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from megamoe.cli.experts import add_expert_budget, read_expert_budget
 from megamoe.errors import ConfigError, DataError
 from megamoe.serve.settings import Settings
 
@@ -13,6 +14,7 @@ EXAMPLES = """\
   megamoe generate runs/first/best --prompt "The " --k 2 --temperature 0.8 --top-p 0.95 --max-new-tokens 500
   megamoe generate runs/first/best --prompt-file chapter.txt --samples 4 --seed 1
   megamoe generate runs/first/best --prompt "In 1905 " --prompt "In 1969 " --temperature 0 --json
+  megamoe generate runs/first/best --prompt "The " --expert-budget 25% --predictor runs/first/predictor
 
 One text is printed while it comes; several are printed one after another when they are done. A text
 depends on the checkpoint, the options and its own prompt alone. Computes in fp32."""
@@ -41,13 +43,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
             *dict.fromkeys((f"--{name}", f"--{attribute}")), type=kind, metavar="N",
             default=getattr(Settings, attribute), help=f"{what} (default: %(default)s)",
         )  # fmt: skip
+    add_expert_budget(parser)
+    parser.add_argument(
+        "--predictor", type=Path, metavar="DIR", help="load them ahead by what megamoe predict-experts wrote"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object for each text, one a line")
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
     names = ("k", "max_new_tokens", "temperature", "top_p", "samples", "seed")
-    settings = Settings(**{name: getattr(args, name) for name in names})
+    settings = Settings(
+        **{name: getattr(args, name) for name in names},
+        expert_budget=read_expert_budget(args), predictor=args.predictor,
+    )  # fmt: skip
     prompts = [os.fsencode(prompt) for prompt in args.prompt] + [_read(file) for file in args.prompt_file]
     if not prompts:
         raise ConfigError("--prompt: none is given; give a text to go on with, or --prompt-file FILE")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megamoe.checkpoint.load import load_model
 from megamoe.models.transformer_xl import Backbone
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.routing import Routing
@@ -61,12 +62,14 @@ def measure_usage(
         used = _of_segment(layer, inputs[0].flatten(0, -2), outputs[1])
         layers[layer.layer] = _added(layers[layer.layer], used) if layer.layer in layers else used
 
-    def watch(model: Backbone) -> None:
+    def load_watched(folder: Path) -> Backbone:
+        model: Backbone = load_model(folder)
         for layer in model.moe_layers:
             layer.register_forward_hook(record)
+        return model
 
     how = [*overrides, f"evaluation.top_ks={top_k}"]
-    score(checkpoint, "valid", how, read_launch(), max_tokens=max_tokens, watch=watch)
+    score(checkpoint, "valid", how, read_launch(), load_watched, max_tokens=max_tokens)
     return layers
 
 

@@ -13,7 +13,7 @@ from megamoe.moe.dropout import Dropout
 from megamoe.moe.exchange import Arrived
 from megamoe.moe.grouped import mix_grouped
 from megamoe.moe.initialization import normal
-from megamoe.moe.mixture import Choices, Weights, mix
+from megamoe.moe.mixture import Choices, Weights, mix, mix_fetched
 from megamoe.moe.precision import at_least_fp32, out_of_autocast
 from megamoe.moe.randomness import draw
 
@@ -89,9 +89,20 @@ class Experts(nn.Module):
             # Each expert draws for itself.
             choices = replace(choices, keys_P=draw(keys_P, choices.expert_P + self.local.start))
         weights_P = weights_P.index_select(0, choices.order_P)
+        return self.compute(x_ND, choices, weights_P)
+
+    def compute(self, x_ND: torch.Tensor, choices: Choices, weights_P: torch.Tensor) -> torch.Tensor:
+        """The weighted sum over the choices, [N, D]; weights are in the order of the sorted choices."""
         with out_of_autocast(x_ND, *self.weights) as (x_ND, *stacks):
             weights = Weights(*stacks)
-            return choose_path(x_ND, weights.w_in)(x_ND, choices, weights_P, weights, self.dropout)
+            path = choose_path(x_ND, weights.w_in)
+            if path is mix and choices.keys_P is None and not torch.is_grad_enabled():
+                return mix_fetched(x_ND, choices, weights_P, weights.of)
+            return path(x_ND, choices, weights_P, weights, self.dropout)
+
+    def fetch(self, expert: int) -> Weights:
+        """The parameters of one of the experts here."""
+        return self.weights.of(expert)
 
     @property
     def weights(self) -> Weights:
@@ -107,7 +118,8 @@ class Experts(nn.Module):
             response: from fp32 outputs [n, D] to one number each.
         """
         scores = []
-        for w_in, b_in, w_out, b_out in zip(*(stack.unbind() for stack in self.weights), strict=True):
+        for expert in range(len(self.local)):
+            w_in, b_in, w_out, b_out = self.fetch(expert)
             score_N = [
                 response(at_least_fp32(linear(linear(x, w_in, b_in).relu_(), w_out, b_out)))
                 for x in x_ND.split(RESPONSES_AT_ONCE)

@@ -11,7 +11,7 @@ kept it; and with u_p = W_out^T dy_t, the gradient of g_p is u_p . h_p + b_out .
 Shapes: N tokens, P choices, D model width, F hidden width, E experts here; n choices of one expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,12 +30,16 @@ times the product; rounding the counts up leaves few."""
 
 
 class Weights(NamedTuple):
-    """The stacked parameters of E experts, for the functions that compute them."""
+    """The stacked parameters of E experts, for the functions that compute them; or those of one expert."""
 
     w_in: torch.Tensor
     b_in: torch.Tensor
     w_out: torch.Tensor
     b_out: torch.Tensor
+
+    def of(self, expert: int) -> "Weights":
+        """Those of one of the stacked experts."""
+        return Weights(*(stack[expert] for stack in self))
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,29 @@ def mix(
     return y_ND
 
 
+@torch.no_grad()
+def mix_fetched(
+    x_ND: torch.Tensor,
+    choices: Choices,
+    weights_P: torch.Tensor,
+    fetch: Callable[[int], Weights],
+) -> torch.Tensor:
+    """`mix` bit for bit, without gradient and dropout, of experts that need not be in memory together.
+
+    Experts without choices cost nothing, which counts where few tokens are read at once.
+
+    Args:
+        fetch: gives the parameters of an expert, which are used before the next call. It is asked for those
+            that have choices alone, in rising order.
+    """
+    y_ND = _wide_zeros(x_ND)
+    for one in _each(choices, x_ND):
+        if one.count:
+            _, rows_nD = _outputs(one, x_ND, fetch(one.expert), choices, None)
+            one.add_(y_ND, rows_nD, weights_P[one.where].to(y_ND.dtype))
+    return y_ND.to(x_ND.dtype)
+
+
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: torch.Tensor, weights_P: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -88,13 +115,8 @@ class _Mixture(torch.autograd.Function):
         y_ND = _wide_zeros(x_ND)
         hiddens = []
         for one in _each(choices, x_ND):
-            w_in, b_in, w_out, b_out = (stack[one.expert] for stack in stacks)
-            hidden_nF = torch.addmm(b_in, one.take(x_ND), w_in.t())
-            if choices.keys_P is None:
-                hidden_nF.relu_()
-            else:
-                _relu_drop_(hidden_nF, at_site(choices.keys_P[one.where], dropout.site), dropout.p)
-            one.add_(y_ND, torch.addmm(b_out, hidden_nF, w_out.t()), weights_P[one.where].to(y_ND.dtype))
+            hidden_nF, rows_nD = _outputs(one, x_ND, Weights(*stacks).of(one.expert), choices, dropout)
+            one.add_(y_ND, rows_nD, weights_P[one.where].to(y_ND.dtype))
             hiddens.append(hidden_nF)
         ctx.save_for_backward(x_ND, weights_P, *stacks, *hiddens)
         ctx.choices, ctx.rescale = choices, 1.0 if choices.keys_P is None else rescale(dropout.p)
@@ -172,6 +194,19 @@ class _One:
             values_ND.index_add_(0, self.token_n, rows_nD)
 
 
+def _outputs(
+    one: _One, x_ND: torch.Tensor, weights: Weights, choices: Choices, dropout: Dropout | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h [n, F] and W_out h + b_out [n, D] of the choices of one expert, whose parameters are `weights`."""
+    w_in, b_in, w_out, b_out = weights
+    hidden_nF = torch.addmm(b_in, one.take(x_ND), w_in.t())
+    if dropout is None or choices.keys_P is None:
+        hidden_nF.relu_()
+    else:
+        _relu_drop_(hidden_nF, at_site(choices.keys_P[one.where], dropout.site), dropout.p)
+    return hidden_nF, torch.addmm(b_out, hidden_nF, w_out.t())
+
+
 def _relu_drop_(x_nF: torch.Tensor, keys_n: torch.Tensor, p: float) -> None:
     """ReLU and dropout in place; rows without keys are padding."""
     if kernels.take(x_nF):
@@ -202,8 +237,7 @@ def _each(choices: Choices, x_ND: torch.Tensor) -> Iterator[_One]:
     for expert, count in enumerate(choices.counts_E.tolist()):
         where = slice(first, first + count)
         token_n = choices.token_P[where]
-        every_N = torch.arange(len(x_ND), device=token_n.device)
-        all_tokens = count == len(x_ND) and torch.equal(token_n, every_N)
+        all_tokens = count == len(x_ND) and torch.equal(token_n, torch.arange(count, device=token_n.device))
         yield _One(expert, where, token_n, all_tokens, count + -count % multiple)
         first += count
 

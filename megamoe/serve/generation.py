@@ -3,7 +3,7 @@
 Shapes: B rows, S tokens of a prompt.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from megamoe.models.attention import AttentionSpan
 from megamoe.models.decoding import Decoder, read_text
 from megamoe.moe.routers import router_class
 from megamoe.parallel.device import Device
+from megamoe.serve.offload import OffloadedModel
+from megamoe.serve.predictor import Predictor, PredictorState
+from megamoe.serve.predictor_file import load_predictor
+from megamoe.serve.prefetch import Prefetcher
 from megamoe.serve.sampling import Sampler
 from megamoe.serve.settings import Settings
 from megamoe.serve.text_stream import TextStream
@@ -33,10 +37,11 @@ class TextGenerator:
     Attributes:
         run: config of the model's run.
         top_k: experts that a token gets, which need not be `settings.k`; `NO_EXPERTS` where layers have none.
+        offloaded: the model with its slots, where `settings.expert_budget` is given.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is not what it says.
-        ConfigError: it is no language model, or has fewer than k experts.
+        CheckpointError: there is no complete checkpoint, or it is not what it says; or no such predictor.
+        ConfigError: it is no language model, has fewer than k experts, or the budget is too small.
     """
 
     def __init__(self, path: str | Path, settings: Settings) -> None:
@@ -52,7 +57,15 @@ class TextGenerator:
                 f" its model {self.run.model.vocab_size}; it is corrupt or was changed"
             )
         self._device = torch.device(Device.detect().kind)
-        self.model = load_model(reader.folder).to(self._device)
+        self.offloaded: OffloadedModel | None = None
+        self._predictor: Predictor | None = None
+        if settings.expert_budget is None:
+            self.model = load_model(reader.folder).to(self._device)
+            return
+        self.offloaded = OffloadedModel(reader.folder, settings.expert_budget)
+        self.model = self.offloaded.model
+        if settings.predictor is not None:
+            self._predictor = load_predictor(settings.predictor, self.model)
 
     def stream(self, prompts: Sequence[bytes]) -> Iterator[list[str]]:
         """Go on with `settings.samples` texts of each prompt, those of the first prompt first.
@@ -78,12 +91,25 @@ class TextGenerator:
         sample_next = Sampler(
             self.settings, [(prompts[prompt], sample) for prompt, sample in rows], self._device
         )
+        announce = self._announcer(ids, [prompt for prompt, _ in rows])
         latest_B = torch.stack([ids[prompt][-1] for prompt, _ in rows])
         texts = [TextStream(self.tokenizer, last_id) for last_id in latest_B.tolist()]
         for n in range(1, n_tokens + 1):
+            announce(latest_B)
             latest_B = sample_next(decoder.read(latest_B))
             tokens = zip(texts, latest_B.tolist(), strict=True)
             yield [text.push(token_id, final=n == n_tokens) for text, token_id in tokens]
+
+    def _announcer(
+        self, ids: Sequence[torch.Tensor], prompt_of_row: Sequence[int]
+    ) -> Callable[[torch.Tensor], object]:
+        """What is told the tokens that the decoder is about to read, so that their experts are loaded."""
+        if self._predictor is None or self.offloaded is None:
+            return lambda latest_B: None
+        states = [self._predictor.read_text(self.model.embedding(ids_S[None, :-1])) for ids_S in ids]
+        state = PredictorState.stack([states[prompt] for prompt in prompt_of_row])
+        prefetcher = Prefetcher(self._predictor, self.model, self.offloaded.slots, self.top_k, state)
+        return lambda latest_B: prefetcher.read(latest_B[:, None])
 
     def _encode(self, prompt: bytes) -> torch.Tensor:
         shown = prompt[:40].decode(errors="replace")

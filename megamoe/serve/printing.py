@@ -66,6 +66,9 @@ def _print_json(texts: Iterable[_Text], n_tokens: int, seconds: float, generator
         "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
         "seconds": round(seconds, 3), "tokens_per_second": round(n_tokens / seconds, 1),
     }  # fmt: skip
+    if generator.offloaded is not None:
+        traffic = generator.offloaded.traffic
+        common |= {"experts_in_slots": round(traffic.hit_rate, 4), "bytes_moved": traffic.n_bytes}
     for text in texts:
         print(json.dumps(vars(text) | common))
 
@@ -88,4 +91,14 @@ def _summary(n_texts: int, n_tokens: int, seconds: float, generator: TextGenerat
 def _experts(generator: TextGenerator) -> str:
     if generator.top_k == NO_EXPERTS:
         return "no experts"
-    return f"k = {generator.top_k} of {generator.run.moe.n_experts}"
+    return f"k = {generator.top_k} of {generator.run.moe.n_experts}{_slots(generator)}"
+
+
+def _slots(generator: TextGenerator) -> str:
+    if generator.offloaded is None:
+        return ""
+    traffic, slots = generator.offloaded.traffic, generator.offloaded.slots
+    return (
+        f", {slots[0].n_slots} in memory, {100 * traffic.hit_rate:.1f} % of the needed ones there,"
+        f" {traffic.n_bytes / 2**20:,.1f} MiB loaded"
+    )

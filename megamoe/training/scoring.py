@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from megamoe.checkpoint.compressed import open_reader
 from megamoe.checkpoint.load import load_model, load_tokenizer
@@ -13,7 +14,6 @@ from megamoe.data.labelled import load_labelled
 from megamoe.data.overlap import from_text
 from megamoe.data.sentences import SentenceSet, tokenize
 from megamoe.errors import CheckpointError, ConfigError, DataError
-from megamoe.models.transformer_xl import Backbone
 from megamoe.parallel.launch import Launch
 from megamoe.training.accuracy import evaluate_sentences
 from megamoe.training.evaluation import Evaluation, evaluate, require_causal, top_ks_to_score
@@ -30,10 +30,9 @@ def score(
     split: str,
     overrides: Iterable[str],
     launch: Launch,
+    load: Callable[[Path], Any] = load_model,
     *,
-    experts: str = "restore",
     max_tokens: int = 0,
-    watch: Callable[[Backbone], object] = lambda model: None,
 ) -> tuple[RunConfig, Evaluation]:
     """Score a checkpoint in fp32; every process of the launch calls this and gets the same.
 
@@ -45,9 +44,8 @@ def score(
         overrides: ``data.option=value`` (of a classifier, ``task.option=value``) and
             ``evaluation.option=value``, over what the run had.
         launch: who this process is.
-        experts: what becomes of compressed ones, see `load_model`.
+        load: gives the model of a checkpoint's folder.
         max_tokens: of a language model, score at most about this many tokens; 0 scores all.
-        watch: called with the model before it reads anything.
 
     Returns:
         The config of the run with the overrides, and its figures.
@@ -57,13 +55,12 @@ def score(
             sentences were trained on.
     """
     reader = open_reader(checkpoint)
-    run = _with_overrides(reader.config, overrides)
+    run = with_overrides(reader.config, overrides)
     require_causal(run)
     top_ks = top_ks_to_score(run, run.evaluation.top_ks)
     with joined(launch) as world:
         text = agree(world, lambda: _read_text(run, reader, split))
-        model = agree(world, lambda: load_model(reader.folder, experts=experts)).to(world.device)
-        watch(model)
+        model = agree(world, lambda: load(reader.folder)).to(world.device)
         how = (split, top_ks, run, world)
         if isinstance(text, SentenceSet):
             return run, evaluate_sentences(model, text, *how, step=reader.state.step)
@@ -90,7 +87,8 @@ def _read_unseen_sentences(run: RunConfig, reader: CheckpointReader, split: str)
     return sentences
 
 
-def _with_overrides(run: RunConfig, overrides: Iterable[str]) -> RunConfig:
+def with_overrides(run: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The run of a checkpoint, reading another text or scored in another way; see `score`."""
     values = parse_overrides(overrides)
     text = "task" if run.task.name else "data"
     for section in values:

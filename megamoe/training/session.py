@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from megamoe import kernels
+from megamoe.checkpoint.exported import ExportReader
 from megamoe.checkpoint.folder import clear_leftovers
 from megamoe.checkpoint.format import step_folders
 from megamoe.checkpoint.matching import require_same_options
@@ -220,7 +221,7 @@ def load_checked_corpus(run: RunConfig) -> Corpus:
     return corpus
 
 
-def require_same_tokens(reader: CheckpointReader, corpus: Text) -> None:
+def require_same_tokens(reader: CheckpointReader | ExportReader, corpus: Text) -> None:
     """Refuse a checkpoint whose token ids mean something else than those of `corpus`.
 
     Raises:

@@ -9,7 +9,7 @@ from megamoe.moe.dropout import Dropout
 from megamoe.moe.exchange import LocalExchange
 from megamoe.moe.experts import choose_path
 from megamoe.moe.grouped import mix_grouped
-from megamoe.moe.mixture import Choices, Weights, _each, mix
+from megamoe.moe.mixture import Choices, Weights, _each, mix, mix_fetched
 from megamoe.moe.randomness import draw
 from tests.oracles import moe as oracle
 from tests.oracles import randomness
@@ -72,6 +72,20 @@ def computed(way: Any, ids_TK: torch.Tensor, dtype: torch.dtype) -> list[torch.T
         y_TD = way(x_TD, choices, arrived.weights_P[choices.order_P], Weights(*stacked), NOTHING)
     y_TD.backward(torch.linspace(-1, 1, y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD))
     return [y_TD.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_experts_that_are_fetched_give_the_same_bits(dtype: torch.dtype, name: str) -> None:
+    ids_TK, weights, asked = ids(name), stacks(dtype), []
+    generator = torch.Generator().manual_seed(3)
+    x_TD = torch.randn(len(ids_TK), D, generator=generator, dtype=torch.float64).to(dtype)
+    arrived = LocalExchange().dispatch(x_TD, ids_TK, torch.rand(ids_TK.shape, generator=generator), E, None)
+    choices = Choices.of(arrived.token_P, arrived.expert_P, E)
+    weights_P = arrived.weights_P[choices.order_P]
+    y_TD = mix_fetched(x_TD, choices, weights_P, lambda expert: asked.append(expert) or weights.of(expert))
+    assert torch.equal(y_TD, mix(x_TD, choices, weights_P, weights, NOTHING))
+    assert asked == sorted(set(ids_TK[ids_TK >= 0].tolist()))
 
 
 @pytest.mark.parametrize("name", NAMES)
