@@ -107,6 +107,62 @@ def test_follow_up(demo, workspace, command):
     assert run(workspace, command).strip()
 
 
+def test_its_experts_fit_into_fewer_bytes(demo, workspace):
+    """The figures of the README's compressed checkpoint, restored and factored; all of it kept is the model."""
+    folder, _ = demo
+    tool = ".venv/bin/python tools/compress_checkpoint.py runs/demo/best --json --score --max-tokens 8192"
+    half = json.loads(run(workspace, f"{tool} runs/half --residual svd --keep 0.5"))
+    assert half["bytes"]["after"]["experts"] < 0.6 * half["bytes"]["before"]["experts"]
+    assert half["resident_bytes"]["factored"] < half["resident_bytes"]["restore"]
+    whole = json.loads(run(workspace, f"{tool} runs/whole --keep 1"))
+    for name, close in (("half", 0.5), ("whole", 1e-5)):
+        scores = {"half": half, "whole": whole}[name]["scores"]
+        before, after = scores["before"]["bpc_by_k"], scores["after"]["bpc_by_k"]
+        assert before.keys() == after.keys() == {"1", "2", "4", "8", "16"}
+        assert all(abs(before[k] - after[k]) < close for k in before), name
+    figures = [
+        json.loads(run(workspace, f".venv/bin/megamoe evaluate runs/half --json --experts {mode}{KS}"))
+        for mode in ("restore", "on_the_fly", "factored")
+    ]
+    assert figures[1]["bpc_by_k"] == pytest.approx(figures[0]["bpc_by_k"], abs=1e-5)
+    assert figures[2]["bpc_by_k"] == pytest.approx(figures[0]["bpc_by_k"], abs=1e-5)
+
+
+KS = " evaluation.top_ks=2,16"
+
+
+def test_it_serves_the_same_from_few_experts(demo, workspace):
+    """From a predictor of its own routings to texts and figures, with a part of the experts in memory."""
+    megamoe_in = ".venv/bin/megamoe"
+    small = "--tokens 40000 --epochs 2 --width 64"
+    run(workspace, f"{megamoe_in} predict-experts runs/demo/best runs/guesses {small}")
+    texts = [
+        run(workspace, f'{megamoe_in} generate runs/demo/best --prompt "The " --max-new-tokens 40 --json{how}')
+        for how in ("", " --expert-budget 25%", " --expert-budget 25% --predictor runs/guesses")
+    ]
+    assert len({json.loads(text)["text"] for text in texts}) == 1
+    bench = json.loads(
+        run(workspace, f"{megamoe_in} serve-bench runs/demo/best --predictor runs/guesses --tokens 200 --json")
+    )
+    rows = bench["rows"]
+    assert {row["mode"] for row in rows} == {"resident", "ondemand", "hint", "oracle", "replace"}
+    assert all(row["same"] for row in rows if row["mode"] != "replace")
+
+
+def test_what_its_experts_do_is_asked(demo, workspace):
+    few = "--samples 30 --window 32 --shuffles 20 --partitions 5 --draws 1"
+    run(
+        workspace,
+        f".venv/bin/python tools/analyze_modularity.py runs/demo/best --untrained --output runs/asked {few}"
+        " --functions wikitext",
+    )
+    found = json.loads((workspace / "runs/asked/modularity.json").read_text())
+    assert [checkpoint["step"] > 0 for checkpoint in found["checkpoints"]] == [False, True]
+    assert found["functions"] == ["wikitext/markup", "wikitext/numbers", "wikitext/prose"]
+    assert found["perturbation"].keys() == set(found["functions"])
+    assert (workspace / "runs/asked/modularity.md").read_text()
+
+
 SMALL = (
     "training.max_steps=2 training.batch_size=4 model.n_layers=1 moe.layers=0 model.d_model=32"
     " model.n_heads=2 model.d_head=16 moe.d_expert=16 model.segment_len=16 model.memory_len=16"
