@@ -107,9 +107,9 @@ def test_follow_up(demo, workspace, command):
     assert run(workspace, command).strip()
 
 
-def test_its_experts_fit_into_fewer_bytes(demo, workspace):
-    """The figures of the README's compressed checkpoint, restored and factored; all of it kept is the model."""
-    folder, _ = demo
+@pytest.mark.usefixtures("demo")
+def test_its_experts_fit_into_fewer_bytes(workspace):
+    """All ways of loading give one figure, and to keep everything changes none."""
     tool = ".venv/bin/python tools/compress_checkpoint.py runs/demo/best --json --score --max-tokens 8192"
     half = json.loads(run(workspace, f"{tool} runs/half --residual svd --keep 0.5"))
     assert half["bytes"]["after"]["experts"] < 0.6 * half["bytes"]["before"]["experts"]
@@ -121,35 +121,43 @@ def test_its_experts_fit_into_fewer_bytes(demo, workspace):
         assert before.keys() == after.keys() == {"1", "2", "4", "8", "16"}
         assert all(abs(before[k] - after[k]) < close for k in before), name
     figures = [
-        json.loads(run(workspace, f".venv/bin/megamoe evaluate runs/half --json --experts {mode}{KS}"))
+        json.loads(
+            run(
+                workspace,
+                f".venv/bin/megamoe evaluate runs/half --json --experts {mode} evaluation.top_ks=2,16",
+            )
+        )
         for mode in ("restore", "on_the_fly", "factored")
     ]
     assert figures[1]["bpc_by_k"] == pytest.approx(figures[0]["bpc_by_k"], abs=1e-5)
     assert figures[2]["bpc_by_k"] == pytest.approx(figures[0]["bpc_by_k"], abs=1e-5)
 
 
-KS = " evaluation.top_ks=2,16"
-
-
-def test_it_serves_the_same_from_few_experts(demo, workspace):
+@pytest.mark.usefixtures("demo")
+def test_it_serves_the_same_from_few_experts(workspace):
     """From a predictor of its own routings to texts and figures, with a part of the experts in memory."""
     megamoe_in = ".venv/bin/megamoe"
     small = "--tokens 40000 --epochs 2 --width 64"
     run(workspace, f"{megamoe_in} predict-experts runs/demo/best runs/guesses {small}")
     texts = [
-        run(workspace, f'{megamoe_in} generate runs/demo/best --prompt "The " --max-new-tokens 40 --json{how}')
+        run(
+            workspace, f'{megamoe_in} generate runs/demo/best --prompt "The " --max-new-tokens 40 --json{how}'
+        )
         for how in ("", " --expert-budget 25%", " --expert-budget 25% --predictor runs/guesses")
     ]
     assert len({json.loads(text)["text"] for text in texts}) == 1
     bench = json.loads(
-        run(workspace, f"{megamoe_in} serve-bench runs/demo/best --predictor runs/guesses --tokens 200 --json")
+        run(
+            workspace, f"{megamoe_in} serve-bench runs/demo/best --predictor runs/guesses --tokens 200 --json"
+        )
     )
     rows = bench["rows"]
     assert {row["mode"] for row in rows} == {"resident", "ondemand", "hint", "oracle", "replace"}
     assert all(row["same"] for row in rows if row["mode"] != "replace")
 
 
-def test_what_its_experts_do_is_asked(demo, workspace):
+@pytest.mark.usefixtures("demo")
+def test_what_its_experts_do_is_asked(workspace):
     few = "--samples 30 --window 32 --shuffles 20 --partitions 5 --draws 1"
     run(
         workspace,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from megamoe.checkpoint.dtypes import DTYPES
+from megamoe.checkpoint.dtypes import DTYPES, dtype_name, empty
+from megamoe.checkpoint.file_ranges import FileRanges
 from megamoe.checkpoint.format import CONFIG, MANIFEST, parse_object
 from megamoe.checkpoint.mapped_files import MappedFiles
 from megamoe.checkpoint.state import TrainingState
@@ -63,7 +64,7 @@ class ExportReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.sums = self._sums()
-        self._mapped = MappedFiles(folder)
+        self._mapped, self._ranges = MappedFiles(folder), FileRanges(folder)
         described = self._object(CONFIG)
         if described.get("model_type") != MODEL_TYPE:
             raise self._error(
@@ -155,17 +156,24 @@ class ExportReader:
         if found != shape:
             raise self._error(f"{name}: {list(found)}, but the config's model has {list(shape)}")
 
-    def row(self, name: str, index: int) -> "torch.Tensor":
-        """Row `index` of a weight; no other is read."""
-        return self._stored(name)[index].clone()
+    def read_row(self, name: str, index: int, into: "torch.Tensor") -> None:
+        """Row `index` of a weight into a contiguous tensor of its shape, no other; any thread may ask.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        file, dtype = self.files[name], self.describe(name)[1]
+        stored = into if dtype == dtype_name(into.dtype) else empty(into.shape, dtype)
+        try:
+            self._ranges.read(self._listed(file).name, name, index * into.numel(), stored)
+        except CheckpointError as error:
+            raise self._error(str(error)) from None
+        if stored is not into:
+            into.copy_(stored)
 
     def release(self, n_bytes: int) -> None:
         """Tell that `n_bytes` were read and are done with: files do not occupy memory for long then."""
         self._mapped.release(n_bytes)
-
-    def close_files(self) -> None:
-        """Let files occupy no memory until they are read again."""
-        self._mapped.close()
 
     def verify_files(self) -> None:
         """Compare every file with its hash, if there are hashes.

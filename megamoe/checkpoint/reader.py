@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError
 
 from megamoe.checkpoint.dtypes import DTYPES, empty
+from megamoe.checkpoint.file_ranges import FileRanges
 from megamoe.checkpoint.folder import replaced
 from megamoe.checkpoint.format import (
     CONFIG,
@@ -64,7 +64,7 @@ class CheckpointReader:
                 raise self._error(f"{name}: missing, or not a plain file; the checkpoint is torn")
             if path.stat().st_size != stored.size:
                 raise self._error(f"{name}: holds {path.stat().st_size} bytes, not {stored.size}; it is torn")
-        self._shards = MappedFiles(folder)
+        self._shards, self._ranges = MappedFiles(folder), FileRanges(folder)
 
     @cached_property
     def state(self) -> TrainingState:
@@ -125,19 +125,26 @@ class CheckpointReader:
                 values[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return values
 
-    def row(self, name: str, index: int) -> "torch.Tensor":
-        """Row `index` of a weight; no other is read."""
-        shape = self.shape("weight", name)[1:]
-        numel = math.prod(shape)
-        return self.read("weight", name, index * numel, (index + 1) * numel).view(shape)
+    def read_row(self, name: str, index: int, into: "torch.Tensor") -> None:
+        """Row `index` of a weight into a contiguous tensor of its shape, no other; any thread may ask.
+
+        Raises:
+            CheckpointError: there is no such row, or a shard contradicts the manifest.
+        """
+        flat = into.view(-1)
+        start = index * len(flat)
+        for piece in self._entry("weight", name).pieces:
+            first, last = max(start, piece.start), min(start + len(flat), piece.stop)
+            if first < last:
+                part = flat[first - start : last - start]
+                try:
+                    self._ranges.read(piece.file, piece.key, first - piece.start, part)
+                except CheckpointError as error:
+                    raise self._error(str(error)) from None
 
     def release(self, n_bytes: int) -> None:
         """Tell that `n_bytes` were read and are done with: shards do not occupy memory for long then."""
         self._shards.release(n_bytes)
-
-    def close_files(self) -> None:
-        """Let shards occupy no memory until they are read again."""
-        self._shards.close()
 
     def verify_files(self, part: int = 0, n_parts: int = 1) -> None:
         """Compare the bytes of every file with the hashes in the manifest.

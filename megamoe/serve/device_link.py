@@ -1,14 +1,13 @@
-"""Experts from host memory to slots, beside what computes."""
-
-from collections.abc import Sequence
+"""Experts from files to slots, beside what computes."""
 
 import torch
 
 from megamoe.moe.mixture import Weights
+from megamoe.serve.stored_experts import StoredExperts
 
 
 class DeviceLink:
-    """Copies that have ended when they return: on a GPU on a stream of their own, from page-locked memory.
+    """Copies that have ended when they return: on a GPU on a stream of their own, through page-locked memory.
 
     Args:
         device: where the slots are.
@@ -23,18 +22,16 @@ class DeviceLink:
         if self._stream is not None:
             self._last_uses[slot] = torch.cuda.current_stream(self._stream.device).record_event()
 
-    def copy(self, rows: Sequence[torch.Tensor], into: Weights, slot: int) -> None:
-        """Copy an expert to a slot when nothing reads what was there."""
+    def load(self, stored: StoredExperts, expert: int, into: Weights, slot: int) -> None:
+        """Fill a slot when nothing reads what was there."""
         if self._stream is None:
-            _copy_all(rows, into)
+            stored.read(expert, into)
             return
+        staged = stored.empty(1, torch.device("cpu"), pinned=True).of(0)
+        stored.read(expert, staged)
         with torch.cuda.stream(self._stream):
             if slot in self._last_uses:
                 self._stream.wait_event(self._last_uses[slot])
-            _copy_all([row.pin_memory() for row in rows], into)
+            for row, place in zip(staged, into, strict=True):
+                place.copy_(row, non_blocking=True)
         self._stream.synchronize()
-
-
-def _copy_all(rows: Sequence[torch.Tensor], into: Weights) -> None:
-    for row, place in zip(rows, into, strict=True):
-        place.copy_(row, non_blocking=True)

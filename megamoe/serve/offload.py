@@ -1,7 +1,6 @@
 """A model whose experts stay in its checkpoint's files, of which some at a time are on the device."""
 
 import math
-import threading
 import weakref
 from collections.abc import Collection
 from pathlib import Path
@@ -81,13 +80,12 @@ class OffloadedModel:
         reader = open_model(path)
         if isinstance(reader, CompressedReader):
             raise ConfigError(
-                f"budget = {budget}: experts of a compressed checkpoint cannot be read one by one; leave it out,"
-                " or restore them with tools/convert_checkpoint.py from-compressed"
+                f"budget = {budget}: compressed experts cannot be read one by one; leave it out, or restore"
+                " them with tools/convert_checkpoint.py from-compressed"
             )
         self.model: TransformerXL = load_model(reader.folder, without=OF_EXPERTS)
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, Experts)}
-        lock = threading.Lock()
-        stored = [StoredExperts(reader, name, experts, lock) for name, experts in layers.items()]
+        stored = [StoredExperts(reader, name, experts) for name, experts in layers.items()]
         n_slots = slots_of_layer(budget, stored)
         loader = Loader() if in_background else None
         wake = None if loader is None else loader.wake

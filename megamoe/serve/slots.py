@@ -1,7 +1,7 @@
 """The experts of one layer, of which as many are on the device as there are slots for.
 
 Whoever computes asks for one expert after another (`fetch`) and gets it always, from its slot or, on a miss,
-from host memory. A loader in the background (`load_expected`) brings experts that will probably be needed;
+from the files. A loader in the background (`load_expected`) brings experts that will probably be needed;
 whatever it does changes how long `fetch` takes and never what it gives.
 """
 
@@ -59,7 +59,7 @@ class ExpertSlots:
     """S slots for the experts of a layer.
 
     Args:
-        stored: the experts in host memory.
+        stored: the experts in the files.
         n_slots: S, at least 1.
         policy: which expert makes room.
         device: where the slots are.
@@ -194,7 +194,7 @@ class ExpertSlots:
     def _copy(self, expert: int) -> None:
         slot, arrived = self._slot_of[expert], False
         try:
-            self._link.copy(self.stored.read(expert), self._slots.of(slot), slot)
+            self._link.load(self.stored, expert, self._slots.of(slot), slot)
             arrived = True
         finally:
             with self._changed:
