@@ -23,6 +23,7 @@ from megamoe.analyze.exchanges import standing_in
 from megamoe.analyze.settings import Settings
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe.exchange import Arrived, LocalExchange
+from megamoe.moe.experts import Experts
 from megamoe.moe.layer import MoELayer
 
 SAMPLES_AT_ONCE = 32
@@ -83,7 +84,7 @@ class Recorder(LocalExchange):
     choices_WE: torch.Tensor
 
     def __init__(self, layer: MoELayer, mode: str) -> None:
-        assert layer.experts is not None
+        assert isinstance(layer.experts, Experts)
         self.experts, self.mode = layer.experts, mode
 
     def begin(self, window: int) -> None:

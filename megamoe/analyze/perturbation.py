@@ -176,7 +176,7 @@ class Disturbing:
 
     def _noisy(self, chosen: Chosen, sizes: Sequence[float]) -> Callable[[int, MoELayer], LocalExchange]:
         def make(i: int, layer: MoELayer) -> LocalExchange:
-            assert layer.experts is not None
+            assert isinstance(layer.experts, Experts)
             return Noisy(layer.experts, chosen[i], sizes[i], generator(self.settings.seed, "noise", i))
 
         return make

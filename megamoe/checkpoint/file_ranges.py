@@ -71,7 +71,7 @@ class FileRanges:
 def _fill(file: int, into: "torch.Tensor", first: int) -> None:
     import torch
 
-    left = memoryview(into.view(-1).view(torch.uint8).numpy())
+    left = into.view(-1).view(torch.uint8).numpy().data
     while left:
         n_read = os.preadv(file, [left], first)
         if not n_read:

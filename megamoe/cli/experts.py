@@ -5,7 +5,7 @@ import argparse
 from megamoe.serve.budget import Budget
 
 
-def add_expert_budget(parser: argparse.ArgumentParser) -> None:
+def add_expert_budget(parser: argparse._ActionsContainer) -> None:
     """Declare it."""
     parser.add_argument(
         "--expert-budget", "--expert_budget", metavar="SIZE",

@@ -14,6 +14,7 @@ import torch
 
 from megamoe.checkpoint.load import load_model
 from megamoe.models.transformer_xl import TransformerXL
+from megamoe.moe.experts import Experts
 from megamoe.parallel.device import Device
 from megamoe.serve.budget import Budget
 from megamoe.serve.offload import OffloadedModel
@@ -88,7 +89,7 @@ def measure(task: Task) -> Measured:
     floor_bytes = resident_bytes()
     if task.budget is None:
         model: TransformerXL = load_model(task.checkpoint).to(Device.detect().kind)
-        experts = [layer.experts for layer in model.moe_layers if layer.experts is not None]
+        experts = [layer.experts for layer in model.moe_layers if isinstance(layer.experts, Experts)]
         slot_bytes = sum(stack.nbytes for held in experts for stack in held.weights)
         return replace(_read(model, task, lambda ids_1S: None, floor_bytes), slot_bytes=slot_bytes)
     offloaded = OffloadedModel(

@@ -118,3 +118,7 @@ def test_other_tools_know_a_compressed_checkpoint(
     assert "is for residuals of low rank, and these are pruned; give on_the_fly" in capsys.readouterr().err
     assert megamoe(["evaluate", str(trained), "--experts", "on_the_fly"]) == 2
     assert "only compressed checkpoints have the choice" in capsys.readouterr().err
+    assert megamoe(["evaluate", str(out), "--expert-budget", "50%"]) == 2
+    assert "budget = 50%: compressed experts cannot be read one by one" in capsys.readouterr().err
+    assert megamoe(["evaluate", str(out), "--experts", "on_the_fly", "--expert-budget", "50%"]) == 2
+    assert "not allowed with argument --experts" in capsys.readouterr().err
