@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamoe.errors import ConfigError
+from megamoe.moe.experts import Experts
 from megamoe.parallel.fake_world import Division
 from megamoe.training.banner import banner, count_parameters, describe
 from megamoe.training.dry_run import DryRun
@@ -97,13 +98,13 @@ def _share(dry: DryRun) -> dict[str, str]:
 def _local_experts(dry: DryRun) -> Sequence[int]:
     """Of each mixture layer; those of all layers have the same numbers."""
     for layer in dry.setup.model.moe_layers:
-        if layer.experts is not None:
+        if isinstance(layer.experts, Experts):
             return layer.experts.local
     return range(0)
 
 
 def _in_short(numbers: Sequence[int]) -> str:
-    """Rising numbers: "7", "0-15" or "0, 16, 32, ..., 1008"."""
+    """Rising numbers: "7", "0-15" or "0, 16, ..., 1008"."""
     first, last = numbers[0], numbers[-1]
     if len(numbers) > 1 and last - first == len(numbers) - 1:
         return f"{first}-{last}"
@@ -111,5 +112,5 @@ def _in_short(numbers: Sequence[int]) -> str:
 
 
 def _shortened(parts: Sequence[str], separator: str) -> str:
-    """The first three and the last of `parts`."""
-    return separator.join(parts if len(parts) <= 4 else [*parts[:3], "...", parts[-1]])
+    """The first two and the last of `parts`, if they are many."""
+    return separator.join(parts if len(parts) <= 4 else [*parts[:2], "...", parts[-1]])
