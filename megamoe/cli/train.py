@@ -164,10 +164,9 @@ def _dry_run(args: argparse.Namespace) -> int:
     world_size = launch.world_size if args.world_size is None else args.world_size
     device = Device.of(args.device) if args.device else Device.detect()
     dry = dry_run(config, ds, world_size, args.rank or 0, device)
-    if args.output:
-        write_configs(dry, Path(args.output))
+    written = write_configs(dry, Path(args.output)) if args.output else None
     if args.json:
         print(json.dumps(to_json(dry), indent=2))
     else:
-        show(dry, open_terminal())
+        show(dry, open_terminal(), written)
     return 0

@@ -16,13 +16,22 @@ from megamoe.training.dry_run import DryRun
 from megamoe.training.run_folder import RunFolder, write_json
 
 
-def show(dry: DryRun, terminal: Console) -> None:
-    """Print the banner of the run, then its process groups, then what falls to one rank."""
+def show(dry: DryRun, terminal: Console, written: RunFolder | None) -> None:
+    """Print the banner of the run, then its process groups, then what falls to one rank.
+
+    Args:
+        dry: the dry run.
+        terminal: where to.
+        written: where its configs are now, if they are anywhere.
+    """
     terminal.print(banner(describe(dry.setup, dry.text)), highlight=False)
     terminal.print()
     terminal.print(_table_of_groups(dry.divisions), highlight=False)
     terminal.print()
-    terminal.print(banner({**_share(dry), **dry.notes}), highlight=False)
+    rows = _share(dry) | dry.notes
+    if written is not None:
+        rows["written"] = f"{written.config}, {written.ds_config}"
+    terminal.print(banner(rows), highlight=False)
 
 
 def to_json(dry: DryRun) -> dict[str, Any]:
@@ -48,8 +57,8 @@ def to_json(dry: DryRun) -> dict[str, Any]:
     }
 
 
-def write_configs(dry: DryRun, folder: Path) -> None:
-    """Write the configs under the names that they have in a run folder.
+def write_configs(dry: DryRun, folder: Path) -> RunFolder:
+    """Write the configs into `folder`, under the names that they have in a run folder.
 
     Raises:
         ConfigError: `folder` lies in the run folder, which only a run may write, or cannot be written.
@@ -63,6 +72,7 @@ def write_configs(dry: DryRun, folder: Path) -> None:
         write_json(files.ds_config, dry.ds_config)
     except OSError as error:
         raise ConfigError(f"--output = {str(folder)!r}: cannot be written ({error})") from None
+    return files
 
 
 def _table_of_groups(divisions: Sequence[Division]) -> Table:
@@ -91,8 +101,8 @@ def _share(dry: DryRun) -> dict[str, str]:
         held += f"; between uses it keeps 1/{world.world_size} of each"
     rows = {f"rank {world.rank}": held}
     if experts:
-        rows["experts"] = f"{_in_short(experts)} of each mixture layer"
-    return rows | {"streams": f"{_in_short(setup.layout.rows(world.rank))} of the batch"}
+        rows["expert ids"] = f"{_in_short(experts)} in each mixture layer"
+    return rows | {"stream ids": f"{_in_short(setup.layout.rows(world.rank))} in each batch"}
 
 
 def _local_experts(dry: DryRun) -> Sequence[int]:

@@ -93,7 +93,7 @@ def test_the_table_of_groups(here, capsys):
     rank, experts, streams = (line.strip() for line in done.output.splitlines()[-3:])
     one_expert_of_two_layers = 2 * (2 * 16 * 8 + 8 + 16)
     assert rank.startswith("rank 5 ") and rank.endswith(f" {one_expert_of_two_layers} of them in experts")
-    assert (experts, streams) == ("experts  1 of each mixture layer", "streams  5 of the batch")
+    assert (experts, streams) == ("expert ids  1 in each mixture layer", "stream ids  5 in each batch")
     assert {path.name for path in here.iterdir()} == {"toy.toml", "data"}
 
 
@@ -116,11 +116,11 @@ def test_configs_and_banner_are_those_of_a_real_run(launched, project, tmp_path,
     assert len(rows) >= 9
     assert not [row for row in rows if row not in launched.output]
     assert any(row.startswith("finished ") for row in shown)
-    again = command(
+    again = report(
         capsys, "train", "--config", str(tmp_path / "plan/config.json"), "--dry-run", "--world-size", "2",
         "--deepspeed_config", str(tmp_path / "plan/ds_config.json"),
     )  # fmt: skip
-    assert again.output == done.output
+    assert {"config.json": again["config"], "ds_config.json": again["ds_config"]} == recorded
     changed = command(capsys, *RUN, "--world-size", "2", "training.max_steps=99", "optimizer.lr=1")
     assert f" optimizer.lr 0.00025 -> 1.0; training.max_steps {steps} -> 99 (since runs/toy/config.json)" in (
         " ".join(changed.output.split())
