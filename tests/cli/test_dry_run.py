@@ -1,6 +1,7 @@
 """``megamoe train --dry-run``: what it shows is what a run does, and it leaves everything as it is."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from megamoe.cli import main
 from megamoe.moe.routers.registry import BUILT_IN, router_class
+from megamoe.training.lock import RunLock
 from tests.cli.conftest import CONFIG, Done, on_two_ranks
 from tests.cli.test_cli import refusal
 
@@ -195,6 +197,18 @@ def test_text_that_is_elsewhere(here, capsys):
     assert done.code == 0, done.errors
     (row,) = (line for line in done.output.splitlines() if line.startswith("corpus "))
     assert "not read (data.path = 'elsewhere': " in row
+
+
+def test_a_run_folder_in_use(here, capsys):
+    folder = here / "runs/toy"
+    folder.mkdir(parents=True)
+    lock = RunLock(folder)
+    lock.acquire()
+    before = contents(folder)
+    done = command(capsys, *RUN)
+    lock.release()
+    assert f"runs/toy is being written by process {os.getpid()} on " in done.output
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("policy", BUILT_IN)
