@@ -28,10 +28,15 @@ class Device:
     @classmethod
     def detect(cls) -> "Device":
         """The device of this process."""
-        if torch.cuda.is_available():
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            return cls("cuda", bf16=bf16, fp16=True, apex=_has_apex())
-        return cls("cpu", bf16=_cpu_has_bf16(), fp16=torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        return cls.of("cuda" if torch.cuda.is_available() else "cpu")
+
+    @classmethod
+    def of(cls, kind: Literal["cpu", "cuda"]) -> "Device":
+        """This machine's of that kind; where it has no GPU, one that has bf16 and fp16."""
+        if kind == "cpu":
+            return cls("cpu", bf16=_cpu_has_bf16(), fp16=torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+        return cls("cuda", bf16=bf16, fp16=True, apex=_has_apex())
 
 
 def _cpu_has_bf16() -> bool:

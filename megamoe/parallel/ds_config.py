@@ -120,7 +120,9 @@ def resolve_ep_size(run: RunConfig, world_size: int, stage: int) -> int:
         raise ConfigError(f"moe.ep_size = {ep_size}: no layer has experts (moe.layers); give 1 or auto")
     if world_size % ep_size:
         reason = "there are only" if ep_size > world_size else "does not divide the"
-        raise ConfigError(f"moe.ep_size = {ep_size}: {reason} {world_size} ranks; give a divisor or auto")
+        most = math.gcd(n_experts, world_size)
+        possible = ", ".join(str(size) for size in range(1, most + 1) if most % size == 0)
+        raise ConfigError(f"moe.ep_size = {ep_size}: {reason} {world_size} ranks; give {possible} or auto")
     if ep_size > 1 and stage == 3:
         raise ConfigError(
             f"moe.ep_size = {ep_size}: DeepSpeed refuses expert-parallel layers at ZeRO stage 3; give"
@@ -190,7 +192,11 @@ def _resolve_batch(run: RunConfig, ds: DsConfig, world_size: int) -> None:
     """train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks."""
     batch = run.training.batch_size
     if batch % world_size:
-        raise ConfigError(f"training.batch_size = {batch}: give a multiple of the {world_size} ranks")
+        fewer = next(n_ranks for n_ranks in range(world_size, 0, -1) if batch % n_ranks == 0)
+        raise ConfigError(
+            f"training.batch_size = {batch}: give a multiple of the {world_size} ranks, or start {fewer} of"
+            " them"
+        )
     _resolve_equal(ds, "train_batch_size", "training.batch_size", batch)
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     if run.training.micro_batch_size != "auto":

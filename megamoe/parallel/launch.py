@@ -303,17 +303,12 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
             (see `megamoe.parallel.meeting`), or the existing group is another one than `launch` describes.
     """
     os.environ.update(launch.environment())
-    _quiet(launch)
+    quiet(launch.rank)
     _share_cores(launch)
     device = _device(launch)
     if device.type == "cpu":
         keep_freed_memory()
-    # Before there is a group: defaults in their signatures would hold it for ever, and gloo's threads would
-    # still run when the interpreter ends, which now and then aborts the process.
-    import deepspeed
-    import deepspeed.ops
-    from torch.distributed.nn import functional  # noqa: F401
-
+    import_before_a_group()
     if not dist.is_initialized():
         join(launch, "nccl" if device.type == "cuda" else "gloo", timeout)
     if (dist.get_rank(), dist.get_world_size()) != (launch.rank, launch.world_size):
@@ -321,10 +316,27 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
             f"rank {dist.get_rank()} of {dist.get_world_size()}: the running process group is not the"
             f" launch's, rank {launch.rank} of {launch.world_size}; leave it first"
         )
+    hand_to_deepspeed()
+    return World(launch.rank, launch.world_size, device)
+
+
+def import_before_a_group() -> None:
+    """Import what would hold a process group for ever, if there is one, in defaults of its signatures.
+
+    gloo's threads would then still run when the interpreter ends, which now and then aborts the process.
+    """
+    import deepspeed  # noqa: F401
+    from torch.distributed.nn import functional  # noqa: F401
+
+
+def hand_to_deepspeed() -> None:
+    """Let DeepSpeed use the process group that there is."""
+    import deepspeed
+    import deepspeed.ops
+
     # DeepSpeed would compile this op for minutes; it serves tensor-parallel inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return World(launch.rank, launch.world_size, device)
 
 
 def forget_groups() -> None:
@@ -379,10 +391,10 @@ def _share_cores(launch: Launch) -> None:
         torch.set_num_threads(max(1, n_cores // launch.local_size))
 
 
-def _quiet(launch: Launch) -> None:
+def quiet(rank: int) -> None:
     """Let rank 0 speak for DeepSpeed: warnings there, errors elsewhere."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING if launch.rank == 0 else logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
     # DeepSpeed calls functions of torch under their former names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if launch.rank != 0:
+    if rank != 0:
         warnings.simplefilter("ignore")

@@ -3,23 +3,46 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 from torch import nn
 
 from megamoe import kernels
+from megamoe.config.schema import RunConfig
+from megamoe.data.corpus import Corpus
+from megamoe.models.transformer_xl import Backbone
 from megamoe.moe.routers import router_class
+from megamoe.parallel.ds_config import Layout
+from megamoe.parallel.launch import World
 from megamoe.parallel.placement import global_shapes, saved_buffers
 from megamoe.training.evaluation import NO_EXPERTS, evaluation_span, top_ks_to_score
+from megamoe.training.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from megamoe.training.trainer import Trainer
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is about to take a step.
+
+    Attributes:
+        run: with its vocabulary.
+        world: the ranks.
+        layout: how the run lies on them.
+        model: this rank's part of it.
+        folder: of the run.
+        step: optimizer steps done.
+    """
+
+    run: RunConfig
+    world: World
+    layout: Layout
+    model: Backbone
+    folder: RunFolder
+    step: int
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of the whole model, over all ranks.
+    """Numbers of a model.
 
     Attributes:
         trainable: moved by the optimizer.
@@ -41,12 +64,12 @@ class ParameterCounts:
         return self.trainable - self.experts + self.experts * top_k // n_experts
 
 
-def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Count the model that `model` is this rank's part of."""
+def count_parameters(model: nn.Module, *, here: bool = False) -> ParameterCounts:
+    """Count the model that `model` is this rank's part of; with `here`, that part."""
     shapes = global_shapes(model)
     trainable = frozen = experts = 0
     for name, parameter in model.named_parameters():
-        size = math.prod(shapes[name])
+        size = parameter.numel() if here else math.prod(shapes[name])
         trainable += size if parameter.requires_grad else 0
         frozen += 0 if parameter.requires_grad else size
         experts += size if ".experts." in name else 0
@@ -64,35 +87,40 @@ def banner(rows: Mapping[str, str]) -> Table:
     return table
 
 
-def describe(trainer: "Trainer") -> dict[str, str]:
-    """What the banner of a language model says."""
-    run, corpus = trainer.run, trainer.corpus
-    sizes = ", ".join(f"{split} {len(tokens):,}" for split, tokens in corpus.tokens.items())
+def describe(setup: Setup, text: str) -> dict[str, str]:
+    """What the banner of a language model says, of its text what `corpus_row` does."""
+    run = setup.run
     tokens_per_step = run.training.batch_size * run.model.segment_len
     streams = f"{run.evaluation.batch_size} streams x {run.evaluation.segment_len} tokens"
     return {
-        "run": run_row(trainer, "from scratch"),
-        "corpus": f"{corpus.name}  ({corpus.unit}s: {sizes}; vocabulary {corpus.vocab_size:,}) {corpus.note}",
-        **model_rows(trainer),
-        "batch": f"{batch_row(trainer, 'streams')}; {tokens_per_step:,} tokens per step",
-        **schedule_rows(trainer, streams),
+        "run": run_row(setup, "from scratch"),
+        "corpus": text,
+        **model_rows(setup),
+        "batch": f"{batch_row(setup, 'streams')}; {tokens_per_step:,} tokens per step",
+        **schedule_rows(setup, streams),
     }
 
 
-def run_row(trainer: "Trainer", origin: str) -> str:
+def corpus_row(corpus: Corpus) -> str:
+    """Name, sizes and vocabulary of a text."""
+    sizes = ", ".join(f"{split} {len(tokens):,}" for split, tokens in corpus.tokens.items())
+    return f"{corpus.name}  ({corpus.unit}s: {sizes}; vocabulary {corpus.vocab_size:,}) {corpus.note}"
+
+
+def run_row(setup: Setup, origin: str) -> str:
     """Where the run lies, and where it starts: at a step that was done before, or at `origin`."""
-    start = f"resuming at step {trainer.step:,}" if trainer.step else origin
-    return f"{trainer.folder.root}  ({start}, {trainer.run.training.max_steps:,} steps)"
+    start = f"resuming at step {setup.step:,}" if setup.step else origin
+    return f"{setup.folder.root}  ({start}, {setup.run.training.max_steps:,} steps)"
 
 
-def model_rows(trainer: "Trainer") -> dict[str, str]:
+def model_rows(setup: Setup) -> dict[str, str]:
     """What is trained, and how it lies on the ranks."""
-    layout = trainer.engine.layout
+    layout = setup.layout
     return {
-        "model": _model_row(trainer),
-        "parameters": _parameter_row(trainer),
-        "routing": _routing_row(trainer),
-        "layout": _layout_row(trainer),
+        "model": _model_row(setup),
+        "parameters": _parameter_row(setup),
+        "routing": _routing_row(setup),
+        "layout": _layout_row(setup),
         "precision": (
             f"{str(layout.dtype).removeprefix('torch.')}, ZeRO stage {layout.zero_stage}"
             + (", compiled kernels" if kernels.in_use() else "")
@@ -100,9 +128,9 @@ def model_rows(trainer: "Trainer") -> dict[str, str]:
     }
 
 
-def schedule_rows(trainer: "Trainer", batches: str) -> dict[str, str]:
+def schedule_rows(setup: Setup, batches: str) -> dict[str, str]:
     """The learning rate, and how `batches` are scored."""
-    run = trainer.run
+    run = setup.run
     top_ks = top_ks_to_score(run, run.evaluation.top_ks)
     scored = "" if top_ks == (NO_EXPERTS,) else f", test at k = {_list(top_ks)}"
     return {
@@ -114,8 +142,8 @@ def schedule_rows(trainer: "Trainer", batches: str) -> dict[str, str]:
     }
 
 
-def _model_row(trainer: "Trainer") -> str:
-    model = trainer.run.model
+def _model_row(setup: Setup) -> str:
+    model = setup.run.model
     norm = "pre-norm" if model.pre_norm else "post-norm"
     return (
         f"Transformer-XL, {model.n_layers} layers x {model.d_model},"
@@ -124,8 +152,8 @@ def _model_row(trainer: "Trainer") -> str:
     )
 
 
-def _parameter_row(trainer: "Trainer") -> str:
-    moe, counts = trainer.run.moe, count_parameters(trainer.engine.model)
+def _parameter_row(setup: Setup) -> str:
+    moe, counts = setup.run.moe, count_parameters(setup.model)
     text = f"{counts.total:,} in all: {counts.trainable:,} trainable, {counts.frozen:,} frozen"
     if counts.experts:
         k = router_class(moe.router.name).experts_per_token(moe.top_k, moe.n_experts)
@@ -133,8 +161,8 @@ def _parameter_row(trainer: "Trainer") -> str:
     return text
 
 
-def _routing_row(trainer: "Trainer") -> str:
-    moe, layers = trainer.run.moe, trainer.run.moe.layer_indices(trainer.run.model.n_layers)
+def _routing_row(setup: Setup) -> str:
+    moe, layers = setup.run.moe, setup.run.moe.layer_indices(setup.run.model.n_layers)
     if not layers:
         return "no layer has experts"
     schedule = moe.schedule
@@ -146,18 +174,18 @@ def _routing_row(trainer: "Trainer") -> str:
     return f"{moe.router.name}, {moe.n_experts} experts x {moe.d_expert} in layers {_list(layers)}, {k}"
 
 
-def _layout_row(trainer: "Trainer") -> str:
-    world, ep_size = trainer.world, trainer.engine.layout.ep_size
+def _layout_row(setup: Setup) -> str:
+    world, ep_size = setup.world, setup.layout.ep_size
     text = f"{world.world_size} data-parallel rank{'s' * (world.world_size > 1)} on {world.device.type}"
-    if trainer.run.moe.layer_indices(trainer.run.model.n_layers):
-        local = trainer.run.moe.n_experts // ep_size
+    if setup.run.moe.layer_indices(setup.run.model.n_layers):
+        local = setup.run.moe.n_experts // ep_size
         text += f", expert-parallel size {ep_size} ({local} experts of a layer on each rank)"
     return text
 
 
-def batch_row(trainer: "Trainer", unit: str) -> str:
+def batch_row(setup: Setup, unit: str) -> str:
     """How the `unit`s of a global batch are shared out."""
-    training, layout = trainer.run.training, trainer.engine.layout
+    training, layout = setup.run.training, setup.layout
     accumulated = f" x {layout.accumulation} accumulated" if layout.accumulation > 1 else ""
     return (
         f"{training.batch_size} {unit} = {layout.micro_batch_size} per forward pass{accumulated}"

@@ -50,12 +50,12 @@ class ClassifierTrainer(Trainer):
         epochs = run.training.max_steps / self.stream.batches_per_epoch
         start = "random weights" if run.task.from_scratch else f"from {run.task.checkpoint}"
         return {
-            "run": run_row(self, start),
+            "run": run_row(self.setup, start),
             "sentences": f"{text.name}  ({sizes}; {len(text.labels)} classes) {text.note}",
             "tokens": f"{text.tokenizer.label}, vocabulary {text.vocab_size:,}; {self._describe_cuts()}",
-            **model_rows(self),
-            "batch": f"{batch_row(self, 'sentences')}; {epochs:.1f} epochs",
-            **schedule_rows(self, f"batches of {evaluation.batch_size} sentences"),
+            **model_rows(self.setup),
+            "batch": f"{batch_row(self.setup, 'sentences')}; {epochs:.1f} epochs",
+            **schedule_rows(self.setup, f"batches of {evaluation.batch_size} sentences"),
         }
 
     def _describe_cuts(self) -> str:

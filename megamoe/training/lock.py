@@ -61,6 +61,18 @@ class RunLock:
             self._file.close()
             self._file = None
 
+    def holder(self) -> str:
+        """Who holds it, which is not waited for and not changed; empty where nobody does."""
+        try:
+            with (self.root / LOCK).open(encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return _holder(file)
+        except OSError:  # there is no file, or there are no locks
+            pass
+        return ""
+
     def _wait_for(self, file: TextIO, patience: float) -> None:
         deadline = time.monotonic() + patience
         told = False

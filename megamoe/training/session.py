@@ -26,7 +26,7 @@ from megamoe.errors import CheckpointError, ConfigError, DataError, MegaMoEError
 from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.moe.routers import resolve_options, router_class
 from megamoe.parallel.device import Device
-from megamoe.parallel.ds_config import resolve_ds_config
+from megamoe.parallel.ds_config import DsConfig, resolve_ds_config
 from megamoe.parallel.launch import GROUP_TIMEOUT, Launch, World, start
 from megamoe.parallel.lost import is_lost_rank, lost_rank
 from megamoe.parallel.tie import tied
@@ -83,12 +83,7 @@ def conduct(
         read_text: the text, and the run with what follows from it; without communication.
         trainer_class: what trains.
     """
-    ds_config = resolve_ds_config(run, ds, launch.world_size, Device.detect())
-    resolve_options(run.moe.router)
-    require_causal(run)
-    top_ks_to_score(run, run.evaluation.top_ks)
-    best_k(run)
-    evaluation_span(run)
+    ds_config = check_settings(run, ds, launch.world_size, Device.detect())
     folder = RunFolder.of(run)
     lock = RunLock(folder.root)
     with joined(launch, run.training.hang_timeout) as world:
@@ -99,6 +94,24 @@ def conduct(
             trainer = _set_up(run, ds_config, world, folder, lock, read_text, trainer_class)
         if trainer is not None:
             trainer.train()
+
+
+def check_settings(run: RunConfig, ds: Mapping[str, Any], world_size: int, device: Device) -> DsConfig:
+    """Refuse what can be refused without text, checkpoint and model.
+
+    Returns:
+        The DeepSpeed config without an "auto".
+
+    Raises:
+        ConfigError: settings contradict each other, the number of ranks or the device.
+    """
+    ds_config = resolve_ds_config(run, ds, world_size, device)
+    resolve_options(run.moe.router)
+    require_causal(run)
+    top_ks_to_score(run, run.evaluation.top_ks)
+    best_k(run)
+    evaluation_span(run)
+    return ds_config
 
 
 def _set_up(
@@ -115,7 +128,7 @@ def _set_up(
     callbacks = agree(world, lambda: build_callbacks(run, folder, is_main=world.is_main))
     agree(world, lambda: lock.acquire() if world.is_main else None)
     checkpoint = _checkpoint_to_resume(run, folder, world)
-    reader = agree(world, lambda: _open_checkpoint(checkpoint, run, folder, text, trainer_class))
+    reader = agree(world, lambda: open_checkpoint(checkpoint, run, folder, text, trainer_class))
     if _is_finished(reader, run, folder, world):
         return None
     choose_kernels(run, world)
@@ -277,9 +290,14 @@ def find_checkpoint(run: RunConfig, folder: RunFolder) -> Path | None:
     return found
 
 
-def _open_checkpoint(
+def open_checkpoint(
     checkpoint: Path | None, run: RunConfig, folder: RunFolder, corpus: Text, trainer_class: type[Trainer]
 ) -> CheckpointReader | None:
+    """The checkpoint from which `run` goes on; None where there is none.
+
+    Raises:
+        CheckpointError: it is of another model or text, or a run that ends before it.
+    """
     if checkpoint is None:
         return None
     reader = CheckpointReader(checkpoint)
@@ -319,7 +337,7 @@ def _require_same_run(reader: CheckpointReader, run: RunConfig, corpus: Text) ->
 
 def _is_finished(reader: CheckpointReader | None, run: RunConfig, folder: RunFolder, world: World) -> bool:
     """Whether all steps are done and scored, by the word of rank 0, which then says so."""
-    if reader is None or run.checkpoint.resume != "auto" or reader.state.step < run.training.max_steps:
+    if reader is None or not has_all_steps(reader, run):
         return False
     finished = world.gather_objects(world.is_main and folder.is_scored(run.training.max_steps))[0]
     if finished and world.is_main:
@@ -328,6 +346,11 @@ def _is_finished(reader: CheckpointReader | None, run: RunConfig, folder: RunFol
             " training.max_steps goes on, megamoe evaluate scores again"
         )
     return finished
+
+
+def has_all_steps(reader: CheckpointReader, run: RunConfig) -> bool:
+    """Whether nothing is left to train in the folder of `run`, whose newest checkpoint `reader` is."""
+    return run.checkpoint.resume == "auto" and reader.state.step >= run.training.max_steps
 
 
 def choose_kernels(run: RunConfig, world: World) -> None:

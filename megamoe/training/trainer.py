@@ -20,7 +20,7 @@ from megamoe.data.corpus import Corpus
 from megamoe.data.read_ahead import ReadAhead
 from megamoe.data.sentences import SentenceSet
 from megamoe.data.stream import TokenStream
-from megamoe.errors import CheckpointError, LostRankError, MegaMoEError, StoppedError
+from megamoe.errors import CheckpointError, DataError, LostRankError, MegaMoEError, StoppedError
 from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.moe.rooms import room
 from megamoe.moe.routers import router_class
@@ -31,7 +31,7 @@ from megamoe.parallel.engine import Engine
 from megamoe.parallel.launch import World
 from megamoe.parallel.lost import is_lost_rank, lost_rank
 from megamoe.training import signals
-from megamoe.training.banner import describe
+from megamoe.training.banner import Setup, corpus_row, describe
 from megamoe.training.callbacks.callback import Callback, StepRecord
 from megamoe.training.evaluation import Evaluation, best_k, evaluate, top_ks_to_score
 from megamoe.training.guard import Guard
@@ -106,20 +106,18 @@ class Trainer:
 
     def describe(self) -> dict[str, str]:
         """Names and values for the banner."""
-        return describe(self)
+        return describe(self.setup, corpus_row(self.corpus))
+
+    @property
+    def setup(self) -> Setup:
+        """What the banner tells of, as of now."""
+        engine = self.engine
+        return Setup(self.run, self.world, engine.layout, engine.model, self.folder, self.step)
 
     def probe(self) -> dict[str, torch.Tensor]:
         """Held-out text for one forward pass: arguments of it, those of this rank, always the same."""
-        stream = TokenStream(
-            self.corpus.tokens["valid"],
-            batch_size=self.world.world_size,
-            segment_len=self.run.evaluation.segment_len,
-            rows=range(self.world.rank, self.world.rank + 1),
-            domains=self.corpus.domains_of("valid"),
-        )
-        batch = stream.batch(0)
-        given = {"input_ids_BS": batch.input_ids_BS, "domains_B2": batch.domains_B2}
-        return {name: values.to(self.world.device) for name, values in given.items() if values is not None}
+        probe = probe_of(self.corpus, self.run, self.world.rank, self.world.world_size)
+        return {name: values.to(self.world.device) for name, values in probe.items()}
 
     def train(self) -> None:
         """Run from the present step to the last, then score the test split with the best weights.
@@ -396,6 +394,30 @@ class Trainer:
     def _tell(self, hook: str, *what: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *what)
+
+
+def probe_of(corpus: Corpus, run: RunConfig, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """What `Trainer.probe` returns, on the host.
+
+    Raises:
+        DataError: the validation split is too short for so many ranks.
+    """
+    tokens = corpus.tokens["valid"]
+    if len(tokens) < 2 * world_size:
+        raise DataError(
+            f"valid split of {corpus.name}: {len(tokens):,} tokens are too few for {world_size} ranks; start"
+            f" {len(tokens) // 2} or fewer, or prepare a longer one"
+        )
+    stream = TokenStream(
+        tokens,
+        batch_size=world_size,
+        segment_len=run.evaluation.segment_len,
+        rows=range(rank, rank + 1),
+        domains=corpus.domains_of("valid"),
+    )
+    batch = stream.batch(0)
+    given = {"input_ids_BS": batch.input_ids_BS, "domains_B2": batch.domains_B2}
+    return {name: values for name, values in given.items() if values is not None}
 
 
 def _mean_by_name(values: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -215,7 +215,11 @@ def test_only_states_offloaded_from_a_gpu_need_a_compiled_adam(
             'zero_optimization.reduce_bucket_size = "auto": there is no rule for it',
         ),
         # batch
-        ({"training": {"batch_size": 15}}, ZERO1, "training.batch_size = 15: give a multiple of the 2 ranks"),
+        (
+            {"training": {"batch_size": 15}},
+            ZERO1,
+            "training.batch_size = 15: give a multiple of the 2 ranks, or start 1 of them",
+        ),
         (
             {"training": {"batch_size": 16, "micro_batch_size": 3}},
             ZERO1,
@@ -276,7 +280,7 @@ def test_only_states_offloaded_from_a_gpu_need_a_compiled_adam(
             "training.grad_clip = 0.25: ZeRO stage 0 clips by a wrong norm when experts are spread over ranks"
             " (ep_size 2); use zero_optimization.stage 1",
         ),
-        ({"moe": {"ep_size": 4}}, ZERO1, "moe.ep_size = 4: there are only 2 ranks; give a divisor or auto"),
+        ({"moe": {"ep_size": 4}}, ZERO1, "moe.ep_size = 4: there are only 2 ranks; give 1, 2 or auto"),
         (
             {"moe": {"ep_size": 2, "layers": "none"}},
             ZERO1,

@@ -35,9 +35,11 @@ def test_a_second_process_is_told_who_holds_it_until_the_first_dies(tmp_path: Pa
         message = f"process {holder.pid} on {socket.gethostname()}; wait for it, end it, or give another name"
         with pytest.raises(ConfigError, match=message):
             lock.acquire(patience=0)
+        assert lock.holder() == f"process {holder.pid} on {socket.gethostname()}"
     finally:
         holder.kill()
         holder.communicate()
+    assert lock.holder() == ""
     lock.acquire(patience=0)
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     lock.acquire(patience=0)  # what is held is held
@@ -46,4 +48,5 @@ def test_a_second_process_is_told_who_holds_it_until_the_first_dies(tmp_path: Pa
 
 def test_a_folder_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
     RunLock(tmp_path / "none").acquire()
+    assert RunLock(tmp_path / "none").holder() == ""
     assert not (tmp_path / "none").exists()
