@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,13 @@ class TensorEntry:
     def numel(self) -> int:
         """Elements of the whole tensor."""
         return math.prod(self.shape)
+
+    def pieces_of(self, start: int, stop: int) -> tuple[Piece, ...]:
+        """The pieces that hold elements of start..stop; the others are not looked at."""
+        if start >= stop:
+            return ()
+        first = bisect_right(self.pieces, start, key=lambda piece: piece.stop)
+        return self.pieces[first : bisect_left(self.pieces, stop, lo=first, key=lambda piece: piece.start)]
 
 
 @dataclass(frozen=True)

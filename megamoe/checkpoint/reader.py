@@ -118,11 +118,10 @@ class CheckpointReader:
         if not 0 <= start <= stop <= entry.numel:
             raise self._error(f"{kind} {name}: range {start}:{stop} is not within its {entry.numel} elements")
         values = empty([stop - start], entry.dtype)
-        for piece in entry.pieces:
+        for piece in entry.pieces_of(start, stop):
             first, last = max(start, piece.start), min(stop, piece.stop)
-            if first < last:
-                stored = self._stored(entry, piece)
-                values[first - start : last - start] = stored[first - piece.start : last - piece.start]
+            stored = self._stored(entry, piece)
+            values[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return values
 
     def row(self, name: str, index: int) -> "torch.Tensor":

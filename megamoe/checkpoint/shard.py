@@ -131,18 +131,24 @@ def merge(shards: Iterable[Shard], documents: dict[str, StoredFile], format: str
         CheckpointError: together the shards do not hold every element of every tensor exactly once.
     """
     files = dict(documents)
-    tensors: dict[str, dict[str, TensorEntry]] = {}
+    found: dict[str, dict[str, tuple[TensorEntry, list[Piece]]]] = {}
     for shard in shards:
         files[shard.name] = shard.file
         for kind, name, entry in shard.entries:
-            known = tensors.setdefault(kind, {}).setdefault(name, TensorEntry(entry.shape, entry.dtype, ()))
+            known, pieces = found.setdefault(kind, {}).setdefault(name, (entry, []))
             if (known.shape, known.dtype) != (entry.shape, entry.dtype):
                 raise CheckpointError(
                     f"{kind} {name}: {entry.dtype} {list(entry.shape)} in {shard.name},"
                     f" {known.dtype} {list(known.shape)} in another shard"
                 )
-            pieces = sorted((*known.pieces, *entry.pieces), key=lambda piece: piece.start)
-            tensors[kind][name] = TensorEntry(entry.shape, entry.dtype, tuple(pieces))
+            pieces += entry.pieces
+    tensors = {
+        kind: {
+            name: TensorEntry(entry.shape, entry.dtype, tuple(sorted(pieces, key=lambda piece: piece.start)))
+            for name, (entry, pieces) in named.items()
+        }
+        for kind, named in found.items()
+    }
     return Manifest(files, tensors, format)
 
 
