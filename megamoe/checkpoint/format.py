@@ -26,6 +26,8 @@ COMPRESSION = "compression.json"
 EXPERT_MODES = ("restore", "on_the_fly", "factored")
 """What becomes of compressed experts on loading: dense weights at once, dense weights of one expert while
 it is used, or none, by the factored form of residuals of low rank."""
+LARGEST_DOCUMENT = 1 << 28
+"""Bytes of the largest JSON document that is written or read."""
 BEST = "best"
 """Name of the folder that holds the checkpoint with the best validation figure."""
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -1,11 +1,13 @@
 """The manifest of many shards."""
 
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
+from megamoe.checkpoint import shard as shard_module
 from megamoe.checkpoint.format import CONFIG, STATE, Piece, StoredFile, TensorEntry
-from megamoe.checkpoint.shard import Shard, merge
+from megamoe.checkpoint.shard import Shard, merge, write_documents
 from megamoe.errors import CheckpointError
 
 DOCUMENTS = {name: StoredFile(2, "00") for name in (CONFIG, STATE)}
@@ -34,3 +36,17 @@ def test_shards_may_come_in_any_order() -> None:
 def test_a_tensor_of_two_shapes_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"weight a: float32 \[3, 2\] in shard-1, float32 \[2, 3\]"):
         merge([shard(0), shard(1, (3, 2))], DOCUMENTS)
+
+
+def test_a_manifest_that_could_not_be_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, texts = list(map(shard, range(3))), dict.fromkeys(DOCUMENTS, "{}")
+    write_documents(tmp_path, texts, shards)
+    n_bytes = (tmp_path / "manifest.json").stat().st_size
+    monkeypatch.setattr(shard_module, "LARGEST_DOCUMENT", n_bytes - 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(CheckpointError, match=rf"{n_bytes} bytes for 3 shards: {n_bytes - 1} can be read"):
+        write_documents(other, texts, shards)
+    assert not (other / "manifest.json").exists()
