@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.scaling.alone import one_rank_of
 from benchmarks.scaling.quantity import Action, Quantity, Sizes
+from megamoe.checkpoint.collective import on_all_ranks
 from megamoe.checkpoint.format import CONFIG, STATE, TRAINED, Manifest, shard_file, step_folder
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.retention import prune
@@ -27,6 +29,7 @@ def quantities(sizes: Sizes) -> Iterator[Quantity]:
     """Everything above, by ranks and tensors."""
     w, n = sizes.n_ranks, sizes.n_tensors
     for name, at in (
+        ("all ranks: tell each other what they wrote", _told),
         ("rank 0: merge what all ranks wrote", _merged),
         ("rank 0: manifest to text", _to_text),
         ("open: manifest, sizes of files", _opened),
@@ -70,6 +73,12 @@ def _saved(n_ranks: int, n_tensors: int) -> Iterator[tuple[Path, list[Shard]]]:
         shards = write_shards(folder, n_ranks, n_tensors)
         write_documents(folder, DOCUMENTS, shards)
         yield folder, shards
+
+
+@contextmanager
+def _told(n_ranks: int, n_tensors: int) -> Iterator[Action]:
+    with _saved(1, n_tensors) as (_, shards), one_rank_of(n_ranks) as world:
+        yield lambda: on_all_ranks(world, "saving", lambda: shards)
 
 
 @contextmanager
