@@ -63,6 +63,11 @@ def _calls(action: Callable[[], Any]) -> int:
 class _Tally(TorchDispatchMode):
     """Bytes that operations move, and the most that the storages they made hold at once."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To keep its compiler away from here, torch would import it, which takes seconds and memory."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.moved = self.peak = self._held = 0
