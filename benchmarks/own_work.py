@@ -8,11 +8,12 @@ seconds   CPU time of one rank, median
 growth    exponent of the size over the upper half of its range: 1 is linear, 2 quadratic
 calls     the same for the number of functions called, moved for bytes that tensor operations read and write,
           peak for bytes held at once: counts, which no other job on the machine can disturb
-limit     the size at which it takes 1 % of a training step (in all mixture layers together), or a minute at
-          the start or with a checkpoint, if it goes on as it does at the end of the range
+limit     1 % of a training step, in all mixture layers together, or a minute at the start or with a
+          checkpoint; and the size at which it is met, if it goes on as it does at the end of the range
 
     OMP_NUM_THREADS=1 python -m benchmarks.own_work --output benchmarks/results/2026-11-28-own-work
     python -m benchmarks.own_work --quick --sections checkpoints
+    python -m benchmarks.own_work --only "all-to-all"
 """
 
 import argparse
@@ -44,7 +45,7 @@ SECTIONS: Mapping[str, Callable[[Sizes], Iterator[Quantity]]] = {
     "checkpoints": checkpoints.quantities,
 }
 ROUNDS = 3
-LONG = 1.0
+LONG = 0.5
 """Seconds from which a run is timed once."""
 VOCAB_SIZE = 256
 
@@ -96,15 +97,13 @@ def step_of(preset: str, at_least: float) -> dict[str, Any]:
     return {"preset": preset, "tokens": tokens_BN[:, 1:].numel(), "layers": n_layers, "seconds": seconds}
 
 
-def own_work(
-    sizes: Sizes, sections: Sequence[str], say: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """The figures of all quantities, and of the step that they are compared with."""
+def own_work(sizes: Sizes, sections: Sequence[str], only: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """The figures of all quantities whose names hold `only`, and of the step that they are compared with."""
     torch.manual_seed(1)
     step = step_of(sizes.step, sizes.seconds)
     measured = []
     for section in sections:
-        for quantity in SECTIONS[section](sizes):
+        for quantity in (quantity for quantity in SECTIONS[section](sizes) if only in quantity.name):
             measured.append({"section": section} | measure(quantity, sizes.seconds))
             last = measured[-1]["points"][-1]
             say(f"{quantity.name}: {quantity.size} = {last['value']:,}: {last['seconds']:.3g} s")
@@ -121,6 +120,7 @@ def main() -> int:
     parser.add_argument(
         "--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)} (default: all)"
     )
+    parser.add_argument("--only", default="", metavar="TEXT", help="what has TEXT in its name alone")
     add_output(parser)
     args = parser.parse_args()
     sections = args.sections.split(",")
@@ -129,7 +129,9 @@ def main() -> int:
     torch.set_num_threads(1)
     sizes = QUICK if args.quick else FULL
     result = facts("benchmarks.own_work", torch.device("cpu"))
-    result |= {"quick": args.quick} | own_work(sizes, sections, lambda line: print(line, file=sys.stderr))
+    result |= {"quick": args.quick} | own_work(
+        sizes, sections, args.only, lambda line: print(line, file=sys.stderr)
+    )
     print(report(result))
     keep(result, report(result), args.output)
     return 0

@@ -87,7 +87,7 @@ FULL = Sizes(
     tokens=doubling(1024, 65536), experts=doubling(16, 4096), ep_sizes=doubling(2, 4096),
     worlds=doubling(8, 4096), engines=doubling(8, 4096), tensors=doubling(8, 512),
     checkpoints=doubling(2, 64), sentences=doubling(8192, 524288),
-    n_tokens=2048, n_experts=64, ep_size=64, n_ranks=64, n_tensors=8, step="small_enwik8", seconds=0.2,
+    n_tokens=2048, n_experts=64, ep_size=64, n_ranks=64, n_tensors=8, step="small_enwik8", seconds=0.1,
 )  # fmt: skip
 QUICK = Sizes(
     tokens=doubling(256, 2048), experts=doubling(8, 64), ep_sizes=doubling(2, 16), worlds=doubling(4, 32),
