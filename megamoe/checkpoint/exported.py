@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from megamoe.checkpoint.dtypes import DTYPES, dtype_name, empty
 from megamoe.checkpoint.file_ranges import FileRanges
-from megamoe.checkpoint.format import CONFIG, MANIFEST, parse_object
+from megamoe.checkpoint.format import CONFIG, LARGEST_DOCUMENT, MANIFEST, parse_object
 from megamoe.checkpoint.mapped_files import MappedFiles
 from megamoe.checkpoint.state import TrainingState
 from megamoe.config.load import from_dict
@@ -37,7 +37,6 @@ BAKED = re.compile(r"layers\.\d+\.moe\.router\.(weight|bias)")
 """Names of generated routers, which an export holds besides what they are generated from."""
 _TYPES = {dtype.code: name for name, dtype in DTYPES.items()}
 _SUM = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9_.-]{0,199})")
-_LARGEST_DOCUMENT = 1 << 28
 _CORRUPT = f"its hash differs from the one in {SUMS}; it is corrupt or was changed (then remove {SUMS})"
 
 
@@ -238,7 +237,7 @@ class ExportReader:
     def _text(self, name: str) -> str:
         try:
             path = self._plain(name)
-            if path.stat().st_size > _LARGEST_DOCUMENT:
+            if path.stat().st_size > LARGEST_DOCUMENT:
                 raise self._error(f"{name}: holds {path.stat().st_size} bytes; too many for what it is")
             return path.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ COMPRESSION = "compression.json"
 EXPERT_MODES = ("restore", "on_the_fly", "factored")
 """What becomes of compressed experts on loading: dense weights at once, dense weights of one expert while
 it is used, or none, by the factored form of residuals of low rank."""
+LARGEST_DOCUMENT = 1 << 28
+"""Bytes of the largest JSON document that is written or read."""
 BEST = "best"
 """Name of the folder that holds the checkpoint with the best validation figure."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -82,6 +85,13 @@ class TensorEntry:
     def numel(self) -> int:
         """Elements of the whole tensor."""
         return math.prod(self.shape)
+
+    def pieces_of(self, start: int, stop: int) -> tuple[Piece, ...]:
+        """The pieces that hold elements of start..stop; the others are not looked at."""
+        if start >= stop:
+            return ()
+        first = bisect_right(self.pieces, start, key=lambda piece: piece.stop)
+        return self.pieces[first : bisect_left(self.pieces, stop, lo=first, key=lambda piece: piece.start)]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from megamoe.checkpoint.folder import replaced
 from megamoe.checkpoint.format import (
     CONFIG,
     FORMAT,
+    LARGEST_DOCUMENT,
     MANIFEST,
     STATE,
     Manifest,
@@ -36,7 +37,6 @@ T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run folder that holds its ``step-*`` folders."""
-_LARGEST_DOCUMENT = 1 << 28
 _CORRUPT = "sha256 differs from the manifest's; it is corrupt"
 
 
@@ -118,11 +118,10 @@ class CheckpointReader:
         if not 0 <= start <= stop <= entry.numel:
             raise self._error(f"{kind} {name}: range {start}:{stop} is not within its {entry.numel} elements")
         values = empty([stop - start], entry.dtype)
-        for piece in entry.pieces:
+        for piece in entry.pieces_of(start, stop):
             first, last = max(start, piece.start), min(stop, piece.stop)
-            if first < last:
-                stored = self._stored(entry, piece)
-                values[first - start : last - start] = stored[first - piece.start : last - piece.start]
+            stored = self._stored(entry, piece)
+            values[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return values
 
     def read_row(self, name: str, index: int, into: "torch.Tensor") -> None:
@@ -208,7 +207,7 @@ class CheckpointReader:
         try:
             if path.is_symlink() or not path.is_file():
                 raise CheckpointError(f"{name}: missing; not a checkpoint, or a torn one")
-            if path.stat().st_size > _LARGEST_DOCUMENT:
+            if path.stat().st_size > LARGEST_DOCUMENT:
                 raise CheckpointError(f"{name}: holds {path.stat().st_size} bytes; too many for what it is")
             return path.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:

@@ -19,15 +19,21 @@ def prune(checkpoints: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
         keep_every: also keep steps that are a multiple of this; 0: none.
 
     Returns:
-        What was deleted.
+        What was deleted, oldest first.
     """
-    complete = [(step, path) for step, path in step_folders(checkpoints) if _is_complete(path)]
-    deleted = []
-    for step, path in complete[:-keep_last]:
-        if not keep_every or step % keep_every:
+    deleted: list[Path] = []
+    n_newer = 0  # complete ones
+    for step, path in reversed(step_folders(checkpoints)):
+        stays = keep_every and step % keep_every == 0
+        if n_newer >= keep_last and stays:  # a long run has many, and opening one takes a while
+            continue
+        if not _is_complete(path):
+            continue
+        n_newer += 1
+        if n_newer > keep_last:
             remove(path)
             deleted.append(path)
-    return deleted
+    return deleted[::-1]
 
 
 def _is_complete(path: Path) -> bool:

@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import torch
 
 from megamoe.checkpoint.dtypes import DTYPES, dtype_name, torch_dtype
-from megamoe.checkpoint.format import FORMAT, MANIFEST, TRAINED, Manifest, Piece, StoredFile, TensorEntry
+from megamoe.checkpoint.format import (
+    FORMAT,
+    LARGEST_DOCUMENT,
+    MANIFEST,
+    TRAINED,
+    Manifest,
+    Piece,
+    StoredFile,
+    TensorEntry,
+)
 from megamoe.errors import CheckpointError
 
 # Name, shape, type, and what gives the values.
@@ -131,18 +140,24 @@ def merge(shards: Iterable[Shard], documents: dict[str, StoredFile], format: str
         CheckpointError: together the shards do not hold every element of every tensor exactly once.
     """
     files = dict(documents)
-    tensors: dict[str, dict[str, TensorEntry]] = {}
+    found: dict[str, dict[str, tuple[TensorEntry, list[Piece]]]] = {}
     for shard in shards:
         files[shard.name] = shard.file
         for kind, name, entry in shard.entries:
-            known = tensors.setdefault(kind, {}).setdefault(name, TensorEntry(entry.shape, entry.dtype, ()))
+            known, pieces = found.setdefault(kind, {}).setdefault(name, (entry, []))
             if (known.shape, known.dtype) != (entry.shape, entry.dtype):
                 raise CheckpointError(
                     f"{kind} {name}: {entry.dtype} {list(entry.shape)} in {shard.name},"
                     f" {known.dtype} {list(known.shape)} in another shard"
                 )
-            pieces = sorted((*known.pieces, *entry.pieces), key=lambda piece: piece.start)
-            tensors[kind][name] = TensorEntry(entry.shape, entry.dtype, tuple(pieces))
+            pieces += entry.pieces
+    tensors = {
+        kind: {
+            name: TensorEntry(entry.shape, entry.dtype, tuple(sorted(pieces, key=lambda piece: piece.start)))
+            for name, (entry, pieces) in named.items()
+        }
+        for kind, named in found.items()
+    }
     return Manifest(files, tensors, format)
 
 
@@ -152,10 +167,17 @@ def write_documents(
     """Complete a folder that holds `shards`: the JSON documents by name, then the manifest.
 
     Raises:
-        CheckpointError: together the shards do not hold every element of every tensor exactly once.
+        CheckpointError: together the shards do not hold every element of every tensor exactly once, or there
+            are so many pieces that nobody could read the manifest.
     """
     written = {name: write_file(folder / name, [text.encode()]) for name, text in documents.items()}
-    write_file(folder / MANIFEST, [merge(shards, written, format).to_json().encode()])
+    manifest = merge(shards, written, format).to_json().encode()
+    if len(manifest) > LARGEST_DOCUMENT:
+        raise CheckpointError(
+            f"{MANIFEST}: {len(manifest)} bytes for {len(shards)} shards: {LARGEST_DOCUMENT} can be read;"
+            " train at ZeRO stage 1 or 2, which cut fewer tensors, or on fewer ranks"
+        )
+    write_file(folder / MANIFEST, [manifest])
 
 
 def _key(part: Part) -> str:

@@ -55,7 +55,11 @@ class Experts(nn.Module):
 
         def stacked(name: str, shape: tuple[int, int], std: float) -> nn.Parameter:
             path = f"layers.{layer}.moe.experts.{name}"
-            return nn.Parameter(torch.stack([normal(shape, std, seed, path, e) for e in local]))
+            values = torch.empty(len(local), *shape)
+            if not values.is_meta:  # where no numbers are wanted, thousands of experts cost nothing
+                for place, expert in enumerate(local):
+                    values[place] = normal(shape, std, seed, path, expert)
+            return nn.Parameter(values)
 
         self.w_in = stacked("w_in", (d_expert, d_model), std_in)
         self.b_in = nn.Parameter(torch.zeros(len(local), d_expert))

@@ -1,7 +1,8 @@
 """Tokens to the ranks that own their experts and back, by all-to-all.
 
 Shapes: T tokens of this rank, K choices of each, D model width, E experts, R expert-parallel ranks; N copies
-of tokens on their way, P choices; 2 numbers of each rank, those of its copies and its choices.
+of tokens on their way, P choices, Q = T K of them before those of no expert are left out; 2 numbers of each
+rank, those of its copies and its choices.
 """
 
 from dataclasses import dataclass
@@ -48,46 +49,67 @@ class _Traffic(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Order:
-    """Choices and copies of this rank's tokens in the order in which they are sent: by rank.
+class Order:
+    """Choices of this rank's tokens in the order in which they are sent: by rank, those of no expert first.
+
+    Time and memory grow with the choices, and with the ranks only as their numbers do.
 
     Attributes:
-        choice_P: place in [T, K] of each choice that names an expert.
-        code_P: its copy's place among those for the rank, times E / R, plus its expert's place there.
-        copies: of the tokens.
+        choice_Q: place in [T, K] of each.
+        code_Q: its copy's place among those for the rank, times E / R, plus its expert's place there.
+        leads_Q: 1 for the first choice of each copy, else 0.
+        sent_R2: copies and choices for each rank.
     """
 
-    choice_P: torch.Tensor
-    code_P: torch.Tensor
-    copies: Copies
+    choice_Q: torch.Tensor
+    code_Q: torch.Tensor
+    leads_Q: torch.Tensor
+    sent_R2: torch.Tensor
 
     @classmethod
-    def of(
-        cls, expert_ids_TK: torch.Tensor, rank_TK: torch.Tensor, goes_RT: torch.Tensor, n_local: int,
-        traffic: _Traffic,
-    ) -> "_Order":  # fmt: skip
-        """How many there are is known already; to find out, as indexing with a mask does, is a wait."""
-        n_tokens, top_k = expert_ids_TK.shape
-        place_RT = goes_RT.cumsum(1) - 1
-        rank_N, choice_N = rank_TK.flatten().sort(stable=True)
-        n_unnamed = len(rank_N) - sum(traffic.sent_choices)  # they stand first
-        rank_P, choice_P = rank_N[n_unnamed:], choice_N[n_unnamed:]
-        code_P = place_RT[rank_P, choice_P // top_k] * n_local + expert_ids_TK.flatten()[choice_P] % n_local
-        pair_N = (~goes_RT).flatten().argsort(stable=True)[: sum(traffic.sent_copies)]
-        return cls(choice_P, code_P, Copies.of(pair_N % n_tokens, n_tokens))
+    def of(cls, expert_ids_TK: torch.Tensor, n_local: int, n_ranks: int) -> "Order":
+        """Sort the choices; `n_local` experts are on each rank, and a choice of -1 goes nowhere."""
+        rank_TK = expert_ids_TK.div(n_local, rounding_mode="floor")  # that of -1 is -1
+        rank_Q, choice_Q = rank_TK.flatten().sort(stable=True)
+        token_Q = choice_Q // expert_ids_TK.shape[1]
+        # A token's choices of one rank stand side by side.
+        leads_Q = torch.ones_like(rank_Q)
+        leads_Q[1:] = (rank_Q[1:] != rank_Q[:-1]) | (token_Q[1:] != token_Q[:-1])
+        bin_Q = rank_Q + 1  # the first is that of no expert
+        copies_B, choices_B = (
+            rank_Q.new_zeros(n_ranks + 1).scatter_add(0, bin_Q, values_Q)
+            for values_Q in (leads_Q, torch.ones_like(leads_Q))
+        )
+        place_Q = leads_Q.cumsum(0) - 1 - (copies_B.cumsum(0) - copies_B)[bin_Q]
+        code_Q = place_Q * n_local + expert_ids_TK.flatten()[choice_Q] % n_local
+        return cls(choice_Q, code_Q, leads_Q, torch.stack([copies_B, choices_B], dim=1)[1:])
 
+    def without_unnamed(self, n_choices: int) -> "Order":
+        """The last `n_choices`, which name an expert.
 
-def _destinations(rank_TK: torch.Tensor, n_ranks: int) -> torch.Tensor:
-    """Whether each rank owns one of the experts of each token, bool [R, T]."""
-    goes_TR = torch.zeros(len(rank_TK), n_ranks + 1, dtype=torch.bool, device=rank_TK.device)
-    return goes_TR.scatter_(1, rank_TK + 1, True)[:, 1:].t()
+        How many there are is known already; to find out, as indexing with a mask does, is a wait.
+        """
+        first = len(self.choice_Q) - n_choices
+        return Order(self.choice_Q[first:], self.code_Q[first:], self.leads_Q[first:], self.sent_R2)
+
+    def copies(self, n_copies: int, n_tokens: int, top_k: int) -> Copies:
+        """The copies that are sent."""
+        token_Q = self.choice_Q // top_k
+        token_N = token_Q.new_empty(n_copies).scatter_(0, self.leads_Q.cumsum(0) - 1, token_Q)
+        return Copies.of(token_N, n_tokens)
 
 
 @dataclass(frozen=True)
 class _WayHome:
-    """How a dispatch travelled."""
+    """How a dispatch travelled.
 
-    order: _Order
+    Attributes:
+        choice_P: place in [T, K] of each choice that was sent.
+        copies: of the tokens.
+    """
+
+    choice_P: torch.Tensor
+    copies: Copies
     shape: torch.Size
     traffic: _Traffic
 
@@ -115,28 +137,26 @@ class AllToAllExchange:
     ) -> Arrived:
         """Send tokens to the owners of their experts; choices of -1 go nowhere."""
         n_local = n_experts // self.n_ranks
-        rank_TK = expert_ids_TK.div(n_local, rounding_mode="floor")  # that of -1 is -1
-        goes_RT = _destinations(rank_TK, self.n_ranks)
-        received_R2, traffic = self._agree(rank_TK, goes_RT)
-        order = _Order.of(expert_ids_TK, rank_TK, goes_RT, n_local, traffic)
+        order = Order.of(expert_ids_TK, n_local, self.n_ranks)
+        received_R2, traffic = self._agree(order.sent_R2)
+        order = order.without_unnamed(sum(traffic.sent_choices))
+        sent = order.copies(sum(traffic.sent_copies), *expert_ids_TK.shape)
         copies = (traffic.sent_copies, traffic.received_copies, self.group)
         choices = (traffic.sent_choices, traffic.received_choices, self.group)
-        x_ND = _AllToAll.apply(order.copies.gather(x_TD), *copies)
-        code_P = _exchange(order.code_P, *choices)
+        x_ND = _AllToAll.apply(sent.gather(x_TD), *copies)
+        code_P = _exchange(order.code_Q, *choices)
         weights_P = keys_N = None
         if weights_TK is not None:
-            weights_P = _AllToAll.apply(weights_TK.flatten().index_select(0, order.choice_P), *choices)
+            weights_P = _AllToAll.apply(weights_TK.flatten().index_select(0, order.choice_Q), *choices)
         if keys_T is not None:
-            keys_N = _exchange(keys_T.index_select(0, order.copies.token_N), *copies)
+            keys_N = _exchange(keys_T.index_select(0, sent.token_N), *copies)
         copies_R, choices_R = received_R2.unbind(1)
         first_P = (copies_R.cumsum(0) - copies_R).repeat_interleave(choices_R, output_size=len(code_P))
-        way = _WayHome(order, expert_ids_TK.shape, traffic)
+        way = _WayHome(order.choice_Q, sent, expert_ids_TK.shape, traffic)
         return Arrived(x_ND, first_P + code_P // n_local, code_P % n_local, weights_P, keys_N, way)
 
-    def _agree(self, rank_TK: torch.Tensor, goes_RT: torch.Tensor) -> tuple[torch.Tensor, _Traffic]:
+    def _agree(self, sent_R2: torch.Tensor) -> tuple[torch.Tensor, _Traffic]:
         """The numbers of copies and of choices that come from each rank, and all numbers on the host."""
-        choices_R = (rank_TK.flatten() == torch.arange(self.n_ranks, device=rank_TK.device)[:, None]).sum(1)
-        sent_R2 = torch.stack([goes_RT.sum(1), choices_R], dim=1)
         received_R2 = torch.empty_like(sent_R2)
         dist.all_to_all_single(received_R2, sent_R2, group=self.group)
         # One copy to the host serves all: it is the one wait for the GPU of a dispatch.
@@ -148,7 +168,7 @@ class AllToAllExchange:
         assert isinstance(way, _WayHome)
         traffic = way.traffic
         home_ND = _AllToAll.apply(y_ND, traffic.received_copies, traffic.sent_copies, self.group)
-        return way.order.copies.sum(home_ND)
+        return way.copies.sum(home_ND)
 
     def bring_choices_home(self, rows_PD: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         """Send each choice's row back."""
@@ -158,7 +178,7 @@ class AllToAllExchange:
         home_PD = _AllToAll.apply(rows_PD, traffic.received_choices, traffic.sent_choices, self.group)
         home_PD = at_least_fp32(home_PD)
         flat = home_PD.new_zeros(way.shape.numel(), home_PD.shape[1])
-        return flat.index_copy(0, way.order.choice_P, home_PD).unflatten(0, way.shape)
+        return flat.index_copy(0, way.choice_P, home_PD).unflatten(0, way.shape)
 
     def to_all(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """Send every token to every rank once, which is less than to every expert."""

@@ -30,6 +30,7 @@ from megamoe.parallel.meeting import join
 from megamoe.parallel.memory import keep_freed_memory
 from megamoe.parallel.mpi import rank_0_address
 from megamoe.parallel.network import LOOPBACK
+from megamoe.parallel.open_files import allow_connections
 
 DEFAULT_PORT = 29500
 GROUP_TIMEOUT = timedelta(minutes=30)
@@ -299,12 +300,14 @@ def start(launch: Launch, timeout: timedelta = GROUP_TIMEOUT) -> World:
     """Join the process group of a run: NCCL on GPUs, else gloo. A group that exists is used as it is.
 
     Raises:
-        DistributedError: there are fewer GPUs than processes on this node, the ranks cannot work together
-            (see `megamoe.parallel.meeting`), or the existing group is another one than `launch` describes.
+        DistributedError: there are fewer GPUs than processes on this node, rank 0 may not open as many files
+            as there are connections, the ranks cannot work together (see `megamoe.parallel.meeting`), or the
+            existing group is another one than `launch` describes.
     """
     os.environ.update(launch.environment())
     quiet(launch.rank)
     _share_cores(launch)
+    allow_connections(launch.rank, launch.world_size)
     device = _device(launch)
     if device.type == "cpu":
         keep_freed_memory()

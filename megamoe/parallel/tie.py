@@ -99,7 +99,10 @@ class Tie:
                 over = self._over.is_set()  # all have connected then, and some wait to be accepted
                 for key, _ in selector.select(timeout=0 if over else 0.1):
                     if key.fileobj is listener:
-                        peer = listener.accept()[0]
+                        peer = _accept(listener)
+                        if peer is None:  # else select would tell of it again at once
+                            selector.unregister(listener)
+                            continue
                         selector.register(peer, selectors.EVENT_READ)
                         heard[peer] = b""
                     elif received := _receive(key.fileobj):
@@ -125,6 +128,15 @@ class Tie:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ExitCode.LOST_RANK)
+
+
+def _accept(listener: socket.socket) -> socket.socket | None:
+    """Who connects next; None where this process may have no more files open, which must not end the run."""
+    try:
+        return listener.accept()[0]
+    except OSError as error:
+        print(f"megamoe: rank 0: not every rank is watched while they start ({error})", file=sys.stderr)
+        return None
 
 
 def _receive(connection: Any) -> bytes:

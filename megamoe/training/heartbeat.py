@@ -193,15 +193,16 @@ def describe_hang(signs: list[Sign | None], ages: list[float | None], silent: li
         if sign is None or age is None:
             lines.append(f"rank {rank}: never seen")
             continue
-        word = "silent" if rank in silent else "behind"
+        word = "silent" if silent else "behind"
         ago = age + sign.seconds_since_beat
         lines.append(
             f"rank {rank} on {sign.host} (process {sign.pid}): {word}, last seen {ago:.0f} s ago"
             f" after step {sign.step} in {sign.phase}"
         )
+    blamed = set(culprits)
     waiting: dict[str, list[int]] = {}
     for sign in known:
-        if sign.rank not in culprits:
+        if sign.rank not in blamed:
             waiting.setdefault(f"after step {sign.step} in {sign.phase}", []).append(sign.rank)
     for place, ranks in waiting.items():
         lines.append(f"waiting {place}: {_ranges(ranks)}")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megamoe.moe.ranks import ONE_RANK
 from megamoe.moe.routers.cka import cka
 from megamoe.moe.routers.clustering import tightness
 from megamoe.moe.routers.competition import BLOCK, competes
+from megamoe.moe.routers.similarity import pair_shares
 from megamoe.moe.routers.sinkhorn import balanced
 from megamoe.moe.routing import Router, Routing
 from megamoe.moe.selection import choices_per_expert
@@ -326,6 +328,16 @@ def test_a_pair_is_checked_once_it_has_met_often_enough():
     period = math.floor(2.5 / 0.4) + 1
     assert fired == list(range(period, 30, period))[: len(fired)]
     assert len(fired) == 4
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, E])
+def test_pairs_are_counted_for_every_token_that_chose_both(top_k):
+    ids_TK = torch.rand(50, E, generator=generator(3, "pairs")).topk(top_k).indices
+    expected_EE = torch.zeros(E, E)
+    for chosen in ids_TK.tolist():
+        for i, j in combinations(sorted(chosen), 2):
+            expected_EE[i, j] += 1 / 50
+    torch.testing.assert_close(pair_shares(ids_TK, E), expected_EE)
 
 
 def test_similar_experts_are_pushed_apart():

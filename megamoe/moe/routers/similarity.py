@@ -31,6 +31,7 @@ from megamoe.moe.ranks import Ranks
 from megamoe.moe.routers.cka import FEWEST_TOKENS, cka
 from megamoe.moe.routers.smoe import SMoERouter
 from megamoe.moe.routing import LayerSpec, Mixture, RouterContext, Routing
+from megamoe.moe.selection import choices_per_expert
 
 MOST_TOKENS = 1024
 """Tokens that one check looks at, as its cost grows with their square."""
@@ -115,8 +116,11 @@ class SimilarityRouter(SMoERouter):
 
 def pair_shares(ids_TK: torch.Tensor, n_experts: int) -> torch.Tensor:
     """Share of the tokens whose choices contain experts i and j, for i < j, [E, E] fp32."""
-    chosen_TE = functional.one_hot(ids_TK, n_experts).sum(1).float()
-    return (chosen_TE.t() @ chosen_TE).triu(1) / max(len(ids_TK), 1)
+    rising_TK, top_k = ids_TK.sort(-1).values, ids_TK.shape[1]
+    lower_N, upper_N = torch.triu_indices(top_k, top_k, 1, device=ids_TK.device)
+    pairs_TN = rising_TK[:, lower_N] * n_experts + rising_TK[:, upper_N]
+    counts = choices_per_expert(pairs_TN, n_experts**2)
+    return counts.view(n_experts, n_experts) / max(len(ids_TK), 1)
 
 
 def of_all_ranks(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:

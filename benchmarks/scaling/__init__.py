@@ -1,0 +1,1 @@
+"""What a rank's own work costs as models and worlds grow."""
