@@ -132,14 +132,13 @@ class CheckpointReader:
         """
         flat = into.view(-1)
         start = index * len(flat)
-        for piece in self._entry("weight", name).pieces:
+        for piece in self._entry("weight", name).pieces_of(start, start + len(flat)):
             first, last = max(start, piece.start), min(start + len(flat), piece.stop)
-            if first < last:
-                part = flat[first - start : last - start]
-                try:
-                    self._ranges.read(piece.file, piece.key, first - piece.start, part)
-                except CheckpointError as error:
-                    raise self._error(str(error)) from None
+            part = flat[first - start : last - start]
+            try:
+                self._ranges.read(piece.file, piece.key, first - piece.start, part)
+            except CheckpointError as error:
+                raise self._error(str(error)) from None
 
     def release(self, n_bytes: int) -> None:
         """Tell that `n_bytes` were read and are done with: shards do not occupy memory for long then."""
