@@ -72,6 +72,8 @@ def plan(run: RunConfig, ds: Mapping[str, Any], cluster: Cluster, efficiency: fl
     Raises:
         ConfigError: the configs contradict each other or the cluster, or something cannot be foreseen.
     """
+    if run.task.name:
+        raise ConfigError(f"task.name = {run.task.name!r}: only language models are planned; leave it out")
     run = with_known_vocabulary(run)
     resolved = resolve_ds_config(run, ds, cluster.ranks, cluster.device.abilities)
     layout = layout_of(run, resolved, cluster.ranks)
