@@ -10,7 +10,7 @@ from megamoe.errors import ConfigError
 SUMMARY = "foresee memory, traffic and time of a run on a cluster, and the layouts that suit it"
 EXAMPLES = """\
   megamoe plan --preset xl_enwik8 --nodes 16 --gpus-per-node 8 --device h100
-  megamoe plan --preset xxl_enwik8 --nodes 64 --device h200 moe.ep_size=64 --plot memory.png
+  megamoe plan --preset xxl_enwik8 --nodes 64 --device h200 moe.ep_size=64 --plot a.png
   megamoe plan --preset tiny_enwik8 --gpus-per-node 2 --device cpu moe.router.name=smoe --json
   megamoe plan --preset xl_enwik8 --nodes 8 --device a100 --scaling 1,2,4,8,16,32
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megamoe.plan.estimate import Estimate
 from megamoe.plan.layouts import Plan
 from megamoe.plan.report import KINDS
 from megamoe.plot_style import ACCENT, MUTED, STYLE, TRAIN, VALID
@@ -37,6 +38,7 @@ def plot_memory(made: Plan, image: Path) -> Path:
     return image
 
 
-def _label(name: str, one: object) -> str:
-    layout = one.layout  # type: ignore[attr-defined]
-    return f"{name}\nep {layout.ep_size}, {layout.micro_batch_size} x {layout.accumulation}\nZeRO {layout.zero_stage}"
+def _label(name: str, one: Estimate) -> str:
+    layout = one.layout
+    batch = f"{layout.micro_batch_size} x {layout.accumulation}"
+    return f"{name}\nep {layout.ep_size}, {batch}\nZeRO {layout.zero_stage}"

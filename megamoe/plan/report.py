@@ -13,7 +13,9 @@ from megamoe.plan.scaling import Row
 from megamoe.plan.traffic import Moved
 from megamoe.plan.units import flop_rate, numbers, seconds, size, speed
 
-KINDS = ("weights", "gradients", "optimizer", "frozen", "activations", "xl_memory", "exchange", "buckets")
+KINDS = (
+    "weights", "gradients", "optimizer", "frozen", "activations", "xl_memory", "exchange", "buckets",
+)  # fmt: skip
 """Of memory, as plots stack them."""
 
 
@@ -39,8 +41,8 @@ def reasons(made: Plan) -> Iterator[str]:
 def scaling_table(rows: Sequence[Row]) -> Table:
     """The best layout on each number of nodes."""
     table = Table(
-        "scaling", "nodes", "GPUs", "batch", "ep", "micro x acc.", "ZeRO", "recompute", "memory", "step", "tokens/s",
-        "communication", "efficiency", box=box.SIMPLE_HEAD,
+        "scaling", "nodes", "GPUs", "batch", "ep", "micro x acc.", "ZeRO", "again", "memory", "step",
+        "tokens/s", "waits", "efficiency", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for row in rows:
         one, layout = row.one, row.one.layout
@@ -48,7 +50,8 @@ def scaling_table(rows: Sequence[Row]) -> Table:
             row.kind, str(one.cluster.nodes), f"{one.cluster.ranks:,}", f"{one.run.training.batch_size:,}",
             str(layout.ep_size), f"{layout.micro_batch_size} x {layout.accumulation}", str(layout.zero_stage),
             _yes(one.run.training.activation_checkpointing), size(one.memory.total), seconds(one.time.step),
-            f"{one.tokens_per_second:,.0f}", f"{one.time.exposed / one.time.step:.0%}", f"{row.efficiency:.0%}",
+            f"{one.tokens_per_second:,.0f}", f"{one.time.exposed / one.time.step:.0%}",
+            f"{row.efficiency:.0%}",
         )  # fmt: skip
     return table
 
@@ -76,7 +79,9 @@ def estimate_json(one: Estimate) -> dict[str, Any]:
         "memory": asdict(one.memory) | {"total": one.memory.total, "worst": one.memory.worst},
         "usable": one.usable,
         "fits": one.fits,
-        "activations": {"without_checkpointing": one.unchecked.peak, "with_checkpointing": one.checkpointed.peak},
+        "activations": {
+            "without_checkpointing": one.unchecked.peak, "with_checkpointing": one.checkpointed.peak,
+        },
         "flops": {
             "per_token_forward": one.flops.per_token_forward, "per_step": one.flops.per_step,
             "model_per_step": one.flops.model_per_step,
@@ -108,17 +113,18 @@ def _facts(one: Estimate) -> Table:
     rows = {
         "cluster": (
             f"{one.cluster.nodes} nodes x {one.cluster.gpus_per_node} {device.name}: {size(device.memory)},"
-            f" {peak}, {speed(device.bandwidth)}; links {speed(device.fast)} in a node, {speed(device.slow)} out"
+            f" {peak}, {speed(device.bandwidth)}; {speed(device.fast)} in a node, {speed(device.slow)} out"
         ),
         "parameters": (
-            f"{numbers(parameters.total)}: {numbers(parameters.shared)} shared, {numbers(parameters.experts)} in"
-            f" experts, {numbers(parameters.frozen)} frozen; {numbers(parameters.active)} active at k = {one.top_k}"
+            f"{numbers(parameters.total)}: {numbers(parameters.shared)} shared,"
+            f" {numbers(parameters.experts)} in experts, {numbers(parameters.frozen)} frozen;"
+            f" {numbers(parameters.active)} active at k = {one.top_k}"
         ),
         "layout": _layout(one),
         "batch": f"{training.batch_size:,} streams, {tokens:,} tokens a step; {training.max_steps:,} steps",
         "run": (
-            f"{one.days:.3g} days, {one.node_hours:,.0f} node-hours for {numbers(tokens * training.max_steps)} tokens;"
-            " evaluation and checkpoints not counted"
+            f"{one.days:.3g} days, {one.node_hours:,.0f} node-hours for"
+            f" {numbers(tokens * training.max_steps)} tokens; evaluation and checkpoints not counted"
         ),
     }
     for name, value in rows.items():
@@ -130,9 +136,10 @@ def _layout(one: Estimate) -> str:
     layout = one.layout
     recompute = "with" if one.run.training.activation_checkpointing else "without"
     return (
-        f"{layout.world_size:,} ranks, expert-parallel size {layout.ep_size}, micro-batch {layout.micro_batch_size}"
-        f" x {layout.accumulation} accumulated, ZeRO {layout.zero_stage},"
-        f" {str(layout.dtype).removeprefix('torch.')}, {recompute} activation checkpointing"
+        f"{layout.world_size:,} ranks, expert-parallel size {layout.ep_size},"
+        f" micro-batch {layout.micro_batch_size} x {layout.accumulation} accumulated,"
+        f" ZeRO {layout.zero_stage}, {str(layout.dtype).removeprefix('torch.')},"
+        f" {recompute} activation checkpointing"
     )
 
 
@@ -140,7 +147,9 @@ def _memory(made: Plan) -> Table:
     one = made.chosen
     table = Table("memory of a rank", "", "", box=box.SIMPLE_HEAD)
     said = {
-        "activations": f"{size(one.unchecked.peak)} without checkpointing, {size(one.checkpointed.peak)} with",
+        "activations": (
+            f"{size(one.unchecked.peak)} without checkpointing, {size(one.checkpointed.peak)} with it"
+        ),
         "exchange": f"{size(one.memory.exchange_worst)} if all tokens choose experts of one rank",
         "buckets": "DeepSpeed's, temporary",
         "optimizer": f"{size(one.memory.host)} in host memory" if one.memory.host else "",
@@ -153,7 +162,7 @@ def _memory(made: Plan) -> Table:
     table.add_section()
     table.add_row(
         "total", size(one.memory.total),
-        f"{fits}: {size(one.usable)} of {size(one.cluster.device.memory)} are for tensors ({FREE_SHARE:.0%} kept)",
+        f"{fits}: {size(one.usable)} are for tensors, {FREE_SHARE:.0%} of the device is kept free",
     )  # fmt: skip
     table.add_row("largest micro-batch", str(made.largest_micro_batch), "streams, with the other settings")
     return table
@@ -205,7 +214,8 @@ def _time(one: Estimate) -> Table:
 
 def _layouts(title: str, best: Sequence[Estimate]) -> Table:
     table = Table(
-        title, "ep_size", "micro x acc.", "ZeRO", "recompute", "memory", "step", "of peak", "days", box=box.SIMPLE_HEAD,
+        title, "ep_size", "micro x acc.", "ZeRO", "again", "memory", "step", "of peak", "days",
+        box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for place, one in enumerate(best, start=1):
         layout = one.layout

@@ -62,7 +62,7 @@ def scaling(
                 rows.append(Row(kind, best[0], per_node / base))
     if not rows:
         raise ConfigError(
-            f"--scaling = {','.join(map(str, nodes))}: nothing fits on so many nodes, or training.batch_size ="
-            f" {run.training.batch_size} does not divide; give others"
+            f"--scaling = {','.join(map(str, nodes))}: nothing fits, or training.batch_size ="
+            f" {run.training.batch_size} does not divide; give other numbers of nodes"
         )
     return rows

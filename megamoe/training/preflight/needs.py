@@ -30,8 +30,8 @@ class Needs:
         all_to_all_message: b T C D.
         flops: floating-point operations per step, 6 for each active trained parameter and token.
         memory: where tensors compute: weights and gradients b each, Adam's moments 8, from stage 1 on fp32
-            masters 4, divided as the ZeRO stage says; frozen numbers 4. From below: activations, the memory of
-            Transformer-XL (in evaluation one for each k) and DeepSpeed's buckets come on top.
+            masters 4, divided as the ZeRO stage says; frozen numbers 4. From below: activations, the memory
+            of Transformer-XL (in evaluation one for each k) and DeepSpeed's buckets come on top.
         host_memory: of the node, beside that: a checkpoint's copy while it is written, offloaded states.
         checkpoint: one checkpoint of all ranks: 12 P, 4 for each frozen number, and the model's memory.
     """
