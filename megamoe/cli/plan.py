@@ -11,11 +11,11 @@ SUMMARY = "foresee memory, traffic and time of a run on a cluster, and the layou
 EXAMPLES = """\
   megamoe plan --preset xl_enwik8 --nodes 16 --gpus-per-node 8 --device h100
   megamoe plan --preset xxl_enwik8 --nodes 64 --device h200 moe.ep_size=64 --plot a.png
-  megamoe plan --preset tiny_enwik8 --gpus-per-node 2 --device cpu moe.router.name=smoe --json
+  megamoe plan --preset tiny_enwik8 --gpus-per-node 2 --device cpu --json
   megamoe plan --preset xl_enwik8 --nodes 8 --device a100 --scaling 1,2,4,8,16,32
 
 The arguments are those of megamoe train; nothing is started and nothing of the model's size allocated. Exit
-code 2: the configs are refused, or the layout does not fit, and the last line says what would. docs/scaling.md
+code 2: the configs are refused, or the layout does not fit and the last line says what would. docs/scaling.md
 tells how the figures are made; they are a model, not a measurement."""
 
 

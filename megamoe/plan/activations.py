@@ -55,7 +55,7 @@ def activations(load: Workload) -> Activations:
         "feed_forward": (dense, sublayers.feed_forward()),
         "mixture": (load.mixtures, sublayers.mixture()),
     }
-    kept, working, scores = sublayers.ends(), loss_bytes(load), 0
+    kept, working, scores = sublayers.ends(), loss_bytes(load), 0.0
     for name, (count, whole) in counts.items():
         if not count:
             continue
@@ -181,8 +181,9 @@ class _Sublayers:
         products = router_class(load.run.moe.router.name).products(
             router_options(load.run), layer_spec(load.run), load.tokens
         )
-        looks = any(product.rows == load.tokens and product.inner == self.width for product in products or ())
-        wide = WIDE * self.tokens * self.width if looks and self.b < WIDE else 0
+        # Each product that looks at the tokens widens them for itself.
+        looks = sum(one.rows == load.tokens and one.inner == self.width for one in products or ())
+        wide = looks * WIDE * self.tokens * self.width if self.b < WIDE else 0
         tables = TABLES * WIDE * self.tokens * load.run.moe.n_experts if looks else 0
         return wide + tables + (INDEX + WIDE) * self.choices
 

@@ -200,7 +200,7 @@ def _moved(one: Estimate) -> Iterator[tuple[str, Moved]]:
 def _time(one: Estimate) -> Table:
     table = Table("a step", "", "share", box=box.SIMPLE_HEAD)
     time = one.time
-    for name in ("products", "elementwise", "update", "all_to_all", "reduction", "gather"):
+    for name in ("products", "elementwise", "update", "host", "all_to_all", "reduction", "gather"):
         value = getattr(time, name)
         if value:
             table.add_row(name.replace("_", "-"), seconds(value), f"{value / time.step:.1%}")
