@@ -41,16 +41,16 @@ def reasons(made: Plan) -> Iterator[str]:
 def scaling_table(rows: Sequence[Row]) -> Table:
     """The best layout on each number of nodes."""
     table = Table(
-        "scaling", "nodes", "GPUs", "batch", "ep", "micro x acc.", "ZeRO", "again", "memory", "step",
+        "scaling", "nodes", "GPUs", "batch", "ep", "micro", "acc.", "ZeRO", "again", "memory", "step",
         "tokens/s", "waits", "efficiency", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for row in rows:
         one, layout = row.one, row.one.layout
         table.add_row(
             row.kind, str(one.cluster.nodes), f"{one.cluster.ranks:,}", f"{one.run.training.batch_size:,}",
-            str(layout.ep_size), f"{layout.micro_batch_size} x {layout.accumulation}", str(layout.zero_stage),
-            _yes(one.run.training.activation_checkpointing), size(one.memory.total), seconds(one.time.step),
-            f"{one.tokens_per_second:,.0f}", f"{one.time.exposed / one.time.step:.0%}",
+            str(layout.ep_size), str(layout.micro_batch_size), str(layout.accumulation),
+            str(layout.zero_stage), _yes(one.run.training.activation_checkpointing), size(one.memory.total), seconds(one.time.step),
+            numbers(one.tokens_per_second), f"{one.time.exposed / one.time.step:.0%}",
             f"{row.efficiency:.0%}",
         )  # fmt: skip
     return table
@@ -214,18 +214,18 @@ def _time(one: Estimate) -> Table:
 
 def _layouts(title: str, best: Sequence[Estimate]) -> Table:
     table = Table(
-        title, "ep_size", "micro x acc.", "ZeRO", "again", "memory", "step", "of peak", "days",
+        title, "ep", "micro", "acc.", "ZeRO", "again", "memory", "step", "of peak", "days",
         box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for place, one in enumerate(best, start=1):
         layout = one.layout
         table.add_row(
-            str(place), str(layout.ep_size), f"{layout.micro_batch_size} x {layout.accumulation}",
+            str(place), str(layout.ep_size), str(layout.micro_batch_size), str(layout.accumulation),
             str(layout.zero_stage), _yes(one.run.training.activation_checkpointing), size(one.memory.total),
             seconds(one.time.step), f"{one.time.peak_share:.1%}", f"{one.days:.3g}",
         )  # fmt: skip
     if not best:
-        table.add_row("none", *[""] * 8)
+        table.add_row("none", *[""] * 9)
     return table
 
 
