@@ -42,16 +42,16 @@ def scaling_table(rows: Sequence[Row]) -> Table:
     """The best layout on each number of nodes."""
     table = Table(
         "scaling", "nodes", "GPUs", "batch", "ep", "micro", "acc.", "ZeRO", "again", "memory", "step",
-        "tokens/s", "waits", "efficiency", box=box.SIMPLE_HEAD,
+        "tokens/s", "waits", "relative", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for row in rows:
-        one, layout = row.one, row.one.layout
+        one, layout, time = row.one, row.one.layout, row.one.time
         table.add_row(
             row.kind, str(one.cluster.nodes), f"{one.cluster.ranks:,}", f"{one.run.training.batch_size:,}",
             str(layout.ep_size), str(layout.micro_batch_size), str(layout.accumulation),
-            str(layout.zero_stage), _yes(one.run.training.activation_checkpointing), size(one.memory.total), seconds(one.time.step),
-            numbers(one.tokens_per_second), f"{one.time.exposed / one.time.step:.0%}",
-            f"{row.efficiency:.0%}",
+            str(layout.zero_stage), _yes(one.run.training.activation_checkpointing),
+            size(one.memory.total), seconds(time.step), numbers(one.tokens_per_second),
+            f"{time.exposed / time.step:.0%}", f"{row.efficiency:.0%}",
         )  # fmt: skip
     return table
 
