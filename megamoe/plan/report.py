@@ -11,7 +11,7 @@ from megamoe.plan.estimate import FREE_SHARE, Estimate
 from megamoe.plan.layouts import Plan, settings, why
 from megamoe.plan.scaling import Row
 from megamoe.plan.traffic import Moved
-from megamoe.plan.units import flop_rate, numbers, seconds, size, speed
+from megamoe.plan.units import flop_rate, numbers, operations, seconds, size, speed
 
 KINDS = (
     "weights", "gradients", "optimizer", "frozen", "activations", "xl_memory", "exchange", "buckets",
@@ -122,8 +122,12 @@ def _facts(one: Estimate) -> Table:
         ),
         "layout": _layout(one),
         "batch": f"{training.batch_size:,} streams, {tokens:,} tokens a step; {training.max_steps:,} steps",
+        "operations": (
+            f"{operations(one.flops.per_token_forward)} for a token forward,"
+            f" {operations(one.flops.per_step)} for a rank and step"
+        ),
         "run": (
-            f"{one.days:.3g} days, {one.node_hours:,.0f} node-hours for"
+            f"{_duration(one.days)}, {one.node_hours:,.3g} node-hours for"
             f" {numbers(tokens * training.max_steps)} tokens; evaluation and checkpoints not counted"
         ),
     }
@@ -169,16 +173,13 @@ def _memory(made: Plan) -> Table:
 
 
 def _work(one: Estimate) -> Table:
-    table = Table("products", "forward", "backward", "repeated", "share", box=box.SIMPLE_HEAD)
+    table = Table(
+        "products of a micro-batch", "forward", "backward", "repeated", "share", box=box.SIMPLE_HEAD
+    )
     whole = sum(work.total for work in one.flops.rooms.values())
     for name, work in one.flops.rooms.items():
-        cells = (f"{part / 1e12:.3g} TFLOP" if part else "" for part in work)
+        cells = (operations(part) if part else "" for part in work)
         table.add_row(name.replace("_", " "), *cells, f"{work.total / whole:.1%}")
-    table.caption = (
-        f"of one micro-batch; {one.flops.per_token_forward / 1e6:.4g} MFLOP a token forward,"
-        f" {one.flops.per_step / 1e12:.4g} TFLOP a rank and step"
-    )
-    table.caption_justify = "left"
     return table
 
 
@@ -214,7 +215,7 @@ def _time(one: Estimate) -> Table:
 
 def _layouts(title: str, best: Sequence[Estimate]) -> Table:
     table = Table(
-        title, "ep", "micro", "acc.", "ZeRO", "again", "memory", "step", "of peak", "days",
+        title, "ep", "micro", "acc.", "ZeRO", "again", "memory", "step", "of peak", "run",
         box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for place, one in enumerate(best, start=1):
@@ -222,11 +223,15 @@ def _layouts(title: str, best: Sequence[Estimate]) -> Table:
         table.add_row(
             str(place), str(layout.ep_size), str(layout.micro_batch_size), str(layout.accumulation),
             str(layout.zero_stage), _yes(one.run.training.activation_checkpointing), size(one.memory.total),
-            seconds(one.time.step), f"{one.time.peak_share:.1%}", f"{one.days:.3g}",
+            seconds(one.time.step), f"{one.time.peak_share:.1%}", _duration(one.days),
         )  # fmt: skip
     if not best:
         table.add_row("none", *[""] * 9)
     return table
+
+
+def _duration(days: float) -> str:
+    return f"{days:.3g} days" if days >= 1 else f"{24 * days:.3g} hours"
 
 
 def _yes(value: bool) -> str:
