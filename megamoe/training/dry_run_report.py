@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megamoe.errors import ConfigError
+from megamoe.models.parameter_counts import parameter_counts
 from megamoe.moe.experts import Experts
 from megamoe.parallel.fake_world import Division
-from megamoe.training.banner import banner, count_parameters, describe
+from megamoe.parallel.placement import global_shapes
+from megamoe.training.banner import banner, describe
 from megamoe.training.dry_run import DryRun
 from megamoe.training.run_folder import RunFolder, write_json
 
@@ -44,11 +46,11 @@ def to_json(dry: DryRun) -> dict[str, Any]:
         "device": world.device.type,
         "step": setup.step,
         "layout": asdict(layout) | {"dtype": str(layout.dtype).removeprefix("torch.")},
-        "parameters": asdict(count_parameters(setup.model)),
+        "parameters": asdict(parameter_counts(setup.model, global_shapes(setup.model))),
         "held": {
             "experts": list(_local_experts(dry)),
             "streams": list(rows),
-            "parameters": asdict(count_parameters(setup.model, here=True)),
+            "parameters": asdict(parameter_counts(setup.model)),
         },
         "groups": {division.name: division.groups for division in dry.divisions},
         "notes": dry.notes,
@@ -95,7 +97,7 @@ def _table_of_groups(divisions: Sequence[Division]) -> Table:
 def _share(dry: DryRun) -> dict[str, str]:
     """What falls to one rank."""
     setup, experts = dry.setup, _local_experts(dry)
-    world, counts = setup.world, count_parameters(setup.model, here=True)
+    world, counts = setup.world, parameter_counts(setup.model)
     held = f"{counts.trainable:,} trainable parameters, {counts.experts:,} of them in experts"
     if setup.layout.zero_stage == 3:
         held += f"; between uses it keeps 1/{world.world_size} of each"
