@@ -141,7 +141,9 @@ def _layout_row(setup: Setup) -> str:
     text = f"{world.world_size} data-parallel rank{'s' * (world.world_size > 1)} on {world.device.type}"
     if setup.run.moe.layer_indices(setup.run.model.n_layers):
         local = setup.run.moe.n_experts // ep_size
-        text += f", expert-parallel size {ep_size} ({local} experts of a layer on each rank)"
+        text += (
+            f", expert-parallel size {ep_size} ({local} expert{'s' * (local > 1)} of a layer on each rank)"
+        )
     return text
 
 
