@@ -11,11 +11,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import nn
 
 from megamoe.config.schema import RunConfig
-from megamoe.errors import DistributedError
+from megamoe.errors import ConfigError, DistributedError
 from megamoe.models.model_of import model_of
 from megamoe.models.transformer_xl import Backbone
 from megamoe.moe.layer import MoELayer
@@ -60,6 +61,7 @@ class Engine:
         deepspeed: DeepSpeed's engine, for this room and checkpoints only.
 
     Raises:
+        ConfigError: DeepSpeed refuses its config.
         DistributedError: the ranks hold different frozen hypernetworks.
     """
 
@@ -68,6 +70,7 @@ class Engine:
         self.device = world.device
         self.rows = self.layout.rows(world.rank)
         self.micro_batches = self.layout.accumulation
+        require_accepted(ds_config)
         model = build_model(run, self.layout, world, vocab_size)
         require_equal_buffers(model, world)
         if self.layout.zero_stage == 3:
@@ -188,6 +191,19 @@ def build_model(run: RunConfig, layout: Layout, world: World, vocab_size: int) -
     )
     model.set_activation_checkpointing(run.training.activation_checkpointing)
     return model
+
+
+def require_accepted(ds_config: Mapping[str, Any]) -> None:
+    """Let DeepSpeed read its config, in a process group.
+
+    Raises:
+        ConfigError: it refuses it.
+    """
+    try:
+        DeepSpeedConfig(copy.deepcopy(dict(ds_config)))
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the DeepSpeed config is refused by DeepSpeed: {reason}") from None
 
 
 def require_equal_buffers(model: nn.Module, world: World) -> None:

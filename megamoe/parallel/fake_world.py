@@ -1,6 +1,5 @@
 """One rank of a world whose other ranks do not exist: its process groups, and no communication."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from typing import Any
 import deepspeed.comm.comm
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import groups
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megamoe.errors import ConfigError, DistributedError
+from megamoe.errors import DistributedError
+from megamoe.parallel.engine import require_accepted
 from megamoe.parallel.launch import World, hand_to_deepspeed, import_before_a_group, quiet
 from megamoe.parallel.layer import connect_experts
 
@@ -68,10 +67,7 @@ def make_groups(model: nn.Module, ds_config: Mapping[str, Any]) -> tuple[Divisio
     Raises:
         ConfigError: DeepSpeed refuses its config.
     """
-    try:
-        DeepSpeedConfig(copy.deepcopy(dict(ds_config)))
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"the DeepSpeed config is refused by DeepSpeed: {error}") from None
+    require_accepted(ds_config)
     made = _record_groups()
     connect_experts(model)
     kinds = {"data parallel": dist.get_process_group_ranks(groups._get_data_parallel_group())}

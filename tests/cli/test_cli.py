@@ -150,6 +150,14 @@ def test_refusals_before_anything_is_written(arguments, message, project, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"toy.toml", "data"}
 
 
+def test_what_deepspeed_refuses_leaves_nothing(project, tmp_path):
+    (tmp_path / "fp8.json").write_text('{"train_batch_size": "auto", "communication_data_type": "fp8"}')
+    arguments = ("--config", "toy.toml", "--deepspeed_config", str(tmp_path / "fp8.json"))
+    done = megamoe("train", *arguments, f"output_dir={tmp_path / 'runs'}", folder=project)
+    assert refusal(done).startswith("the DeepSpeed config is refused by DeepSpeed: ")
+    assert not any((tmp_path / "runs").glob("*/config.json"))
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
