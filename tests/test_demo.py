@@ -111,10 +111,10 @@ def test_follow_up(demo, workspace, command):
 def test_its_experts_fit_into_fewer_bytes(workspace):
     """All ways of loading give one figure, and to keep everything changes none."""
     tool = ".venv/bin/python tools/compress_checkpoint.py runs/demo/best --json --score --max-tokens 8192"
-    half = json.loads(run(workspace, f"{tool} runs/half --residual svd --keep 0.5"))
+    half = json.loads(run(workspace, f"{tool} runs/half --method resmoe --residual svd --keep 0.5"))
     assert half["bytes"]["after"]["experts"] < 0.6 * half["bytes"]["before"]["experts"]
     assert half["resident_bytes"]["factored"] < half["resident_bytes"]["restore"]
-    whole = json.loads(run(workspace, f"{tool} runs/whole --keep 1"))
+    whole = json.loads(run(workspace, f"{tool} runs/whole --method resmoe --keep 1"))
     for name, close in (("half", 0.5), ("whole", 1e-5)):
         scores = {"half": half, "whole": whole}[name]["scores"]
         before, after = scores["before"]["bpc_by_k"], scores["after"]["bpc_by_k"]

@@ -38,7 +38,7 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; the exit code is 0, 2 for a user's mistake, 130 on Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    args = _parser().parse_args(arguments)
+    args = _parser().parse_intermixed_args(arguments)  # OUT may come last
     try:
         if args.curve:
             _curve(args)
