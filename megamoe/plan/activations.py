@@ -11,7 +11,6 @@ from megamoe.models.attention import QUERY_BLOCK
 from megamoe.models.attention_core import MOST_SCORES_AT_ONCE, SCORES_AT_ONCE
 from megamoe.models.cross_entropy import LOGITS_AT_ONCE
 from megamoe.models.embeddings import needs_projections
-from megamoe.moe.mixture import ROW_MULTIPLE, SIXTEEN_BITS
 from megamoe.moe.routers import router_class
 from megamoe.plan.flops import query_key_pairs, scored_clusters
 from megamoe.plan.workload import Workload, layer_spec, router_options
@@ -153,14 +152,10 @@ class _Sublayers:
             return inner + pieces * min(at_once, most) * self.b + 2 * self.stream
         if name == "feed_forward":
             return 2 * self.tokens * self.model.d_inner * self.b + 2 * self.stream
-        if self._grouped:
+        if self.load.grouped:
             per_choice = self.width * (self.b + WIDE) + 2 * self.load.run.moe.d_expert * self.b
             return self.choices * per_choice + 2 * self.stream
         return 2 * WIDE * self.tokens * self.width + 2 * self.stream
-
-    @property
-    def _grouped(self) -> bool:
-        return self.load.on_gpu and self.load.layout.dtype in SIXTEEN_BITS
 
     def _statistics(self, rows: float) -> float:
         return 2 * WIDE * rows
@@ -188,11 +183,8 @@ class _Sublayers:
     def _experts(self) -> float:
         """Order, token, expert and key of each choice, its weight and its hidden units."""
         moe, named = self.load.run.moe, (4 * INDEX + WIDE) * self.choices
-        if not self._grouped:
-            padding = 0.0
-            if self.load.layout.dtype in SIXTEEN_BITS:
-                padding = self.load.local_experts * (ROW_MULTIPLE - 1) / 2
-            return named + (self.choices + padding) * moe.d_expert * self.b
+        if not self.load.grouped:
+            return named + (self.choices + self.load.row_padding) * moe.d_expert * self.b
         # Rows that grouped products read, and that are summed, in fp32; what ReLU and what dropout leave.
         hidden = moe.d_expert * (2 * self.b + (1 if self.model.dropout else 0))
         rows = self.width * (self.b + WIDE) + hidden + self.load.local_experts * self.b
