@@ -17,7 +17,7 @@ PIECE = (10, 20)
 DROPOUT = (35, 2)
 """Of one mask, which is drawn by integer arithmetic; a layer has three, and so have its ends."""
 GROUPED_MIXTURE = (50, 22)
-"""More than of a dense network, on GPUs; on CPUs experts are computed one by one."""
+"""More than of a dense network; elsewhere experts are computed one by one."""
 EXPERT = (40, 22)
 EXCHANGE = (45, 15)
 ENDS = (65, 30)
@@ -53,7 +53,7 @@ def _mixture(load: Workload) -> tuple[float, float]:
     if not load.has_experts:
         return 0, 0
     exchange = EXCHANGE if load.layout.ep_size > 1 else (0, 0)
-    if load.on_gpu:
+    if load.grouped:
         return _sum(GROUPED_MIXTURE, exchange)
     return _sum(_times(EXPERT, load.local_experts), exchange)
 
