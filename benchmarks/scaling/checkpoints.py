@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,8 +36,8 @@ def quantities(sizes: Sizes) -> Iterator[Quantity]:
         ("read a rank's part on half as many ranks", _resharded),
         ("list", _listed),
     ):
-        yield Quantity(name, "checkpoint", "W", sizes.worlds, lambda v, at=at: at(v, n), {"tensors": n})
-        yield Quantity(name, "checkpoint", "tensors", sizes.tensors, lambda v, at=at: at(w, v), {"W": w})
+        yield Quantity(name, "checkpoint", "W", sizes.worlds, partial(at, n_tensors=n), {"tensors": n})
+        yield Quantity(name, "checkpoint", "tensors", sizes.tensors, partial(at, w), {"W": w})
     yield Quantity("read each expert singly", "checkpoint", "E", sizes.worlds, _expert_by_expert, {})
     yield Quantity("write a rank's shard", "checkpoint", "tensors", sizes.tensors, _written, {})
     name = "rank 0: which checkpoints stay"

@@ -145,6 +145,7 @@ def _exchanged(n_tokens: int, n_experts: int, n_ranks: int) -> Iterator[Action]:
     x_TD, weights_TK = torch.randn(n_tokens, D), torch.rand(ids_TK.shape)
     keys_T = torch.arange(n_tokens)
     with one_rank_of(n_ranks):
+        assert torch.distributed.group.WORLD is not None
         exchange = AllToAllExchange(torch.distributed.group.WORLD)
 
         def there_and_back() -> None:
