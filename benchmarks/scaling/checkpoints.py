@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.scaling.alone import one_rank_of
 from benchmarks.scaling.quantity import Action, Quantity, Sizes
-from megamoe.checkpoint.collective import on_all_ranks
 from megamoe.checkpoint.format import CONFIG, STATE, TRAINED, Manifest, shard_file, step_folder
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.retention import prune
@@ -30,7 +29,7 @@ def quantities(sizes: Sizes) -> Iterator[Quantity]:
     """Everything above, by ranks and tensors."""
     w, n = sizes.n_ranks, sizes.n_tensors
     for name, at in (
-        ("all ranks: tell each other what they wrote", _told),
+        ("rank 0: hear from all ranks what they wrote", _heard),
         ("rank 0: merge what all ranks wrote", _merged),
         ("rank 0: manifest to text", _to_text),
         ("open: manifest, sizes of files", _opened),
@@ -77,9 +76,9 @@ def _saved(n_ranks: int, n_tensors: int) -> Iterator[tuple[Path, list[Shard]]]:
 
 
 @contextmanager
-def _told(n_ranks: int, n_tensors: int) -> Iterator[Action]:
+def _heard(n_ranks: int, n_tensors: int) -> Iterator[Action]:
     with _saved(1, n_tensors) as (_, shards), one_rank_of(n_ranks) as world:
-        yield lambda: on_all_ranks(world, "saving", lambda: shards)
+        yield lambda: world.gather_on_main(shards)
 
 
 @contextmanager

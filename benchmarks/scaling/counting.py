@@ -76,12 +76,12 @@ class _Tally(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = _tensors((args, kwargs))
         for tensor in given:
             self._meet(tensor, is_new=False)
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            made = _tensors(result)
             self.moved += sum(tensor.nbytes for tensor in (*given, *made))
             for tensor in made:
                 self._meet(tensor, is_new=True)
@@ -101,3 +101,8 @@ class _Tally(TorchDispatchMode):
     def _part(self, place: int, n_bytes: int) -> None:
         self._known.discard(place)
         self._held -= n_bytes
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    """Those among `values` that have memory."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]

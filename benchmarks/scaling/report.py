@@ -23,10 +23,10 @@ rank, E experts of a layer, R expert-parallel ranks, W ranks. Tokens are 64 wide
 Growth is the exponent of the size over the upper half of its range: of seconds, of functions called, of
 bytes that tensor operations move, and of bytes held at once, whose largest number stands beside it.
 
-The limit is {share:.0%} of a step of `{preset}` for what is done in each of its layers, all together, or
-with a line of the log, and {patience:.0f} s for what is done once. Told are what part of it the largest size
-takes, and the size that takes all of it. The step takes {step:.2f} s on this core for {tokens:,} tokens in
-{layers} mixture layers, and counts as proportional to the tokens.
+The limit is {share:.0%} of a step of `{preset}` for what is done in each of its layers, all together, or with
+a line of the log, and {patience:.0f} s for what is done once. First stands the part of it that the largest
+size takes, then the size that takes all of it. The step takes {step:.2f} s on this core for {tokens:,}
+tokens in {layers} mixture layers, and counts as proportional to the tokens.
 
 {tables}
 ## Limits that are met first

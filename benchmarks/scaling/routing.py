@@ -145,9 +145,8 @@ def _exchanged(n_tokens: int, n_experts: int, n_ranks: int) -> Iterator[Action]:
     x_TD, weights_TK = torch.randn(n_tokens, D), torch.rand(ids_TK.shape)
     keys_T = torch.arange(n_tokens)
     with one_rank_of(n_ranks):
-        everyone = torch.distributed.group.WORLD
-        assert everyone is not None
-        exchange = AllToAllExchange(everyone)
+        assert torch.distributed.group.WORLD is not None
+        exchange = AllToAllExchange(torch.distributed.group.WORLD)
 
         def there_and_back() -> None:
             arrived = exchange.dispatch(x_TD, ids_TK, weights_TK, n_experts, keys_T)

@@ -164,7 +164,7 @@ def _compared(n_ranks: int) -> Iterator[Action]:
 
         def compare() -> None:
             require_equal_buffers(model, world)
-            world.gather_objects((None, None))
+            world.gather_objects(None)
 
         yield compare
 

@@ -141,7 +141,8 @@ class CheckpointWriter:
                     publish(folder)
 
         with self._all_or_nothing(save.folders) as what:
-            written = on_all_ranks(self._world, what, save.shards.result)
+            shards = on_all_ranks(self._world, what, save.shards.result)
+            written = self._world.gather_on_main(shards)
             on_all_ranks(self._world, what, publish_all)
         return list(save.folders)
 

@@ -283,6 +283,12 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_on_main(self, value: Any) -> list[Any]:
+        """On rank 0 the picklable `value` of every rank, in order of rank; on the others nothing."""
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()

@@ -199,6 +199,7 @@ def _collectives(world: World) -> dict[str, Any]:
         "own_value_kept": values.tolist() == [world.rank + 1, 2 * (world.rank + 1)],
         "needs_grad": mean.requires_grad,
         "gathered": world.gather_objects({"rank": world.rank}),
+        "gathered_on_main": world.gather_on_main({"rank": world.rank}),
         "is_main": world.is_main,
     }
 

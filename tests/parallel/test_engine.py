@@ -93,6 +93,7 @@ def test_world_averages_and_gathers(facts: list[dict[str, Any]]) -> None:
         assert collectives["own_value_kept"]
         assert not collectives["needs_grad"]
         assert collectives["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert collectives["gathered_on_main"] == ([{"rank": 0}, {"rank": 1}] if number == 0 else [])
         assert collectives["is_main"] == (number == 0)
 
 
