@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megamoe.config import RunConfig, load_config
+from megamoe.moe.routers.registry import available
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import Layout, layout_of, resolve_ds_config
 
@@ -60,13 +61,13 @@ ODD = Shape(
 DEEP = Shape(
     "deep",
     (
-        "model.n_layers=4", "model.d_model=64", "model.pre_norm=true", "model.cutoffs=[64,128]",
-        "model.div_val=2", "moe.layers=1,3", "moe.n_experts=8", "moe.d_expert=64", "moe.top_k=2",
-        "moe.router.name=smoe", "model.dropout=0.1", "model.attention_dropout=0.1",
+        "model.n_layers=4", "model.d_model=64", "model.pre_norm=true", "moe.layers=1,3", "moe.n_experts=8",
+        "moe.d_expert=64", "moe.top_k=2", "moe.router.name=random", "model.dropout=0.1",
+        "model.attention_dropout=0.1",
         "training.activation_checkpointing=true", "training.batch_size=8",
     ),
 )  # fmt: skip
-"""Pre-norm, adaptive softmax, activations that are computed again."""
+"""Pre-norm, layers with experts and without, activations that are computed again."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,17 @@ SMALL_BUCKET = 20_000
 """So few numbers that small models fill several buckets, and that some tensors are larger than one."""
 
 
+def under(policy: str) -> Shape:
+    """The even shape under another policy."""
+    return Shape(policy, (*EVEN.overrides, f"moe.router.name={policy}"))
+
+
 def all_cases(worlds: tuple[int, ...] = (1, 2, 4)) -> Iterator[Case]:
-    """Every expert-parallel size and stage of every world in fp32; harder ones in bf16 and in pieces."""
+    """Every policy on one rank; every expert-parallel size and stage of every world, in fp32 and harder ones.
+
+    Cases of one world follow each other.
+    """
+    yield from (Case(under(policy), 1, 1, 1) for policy in available())
     for ranks in worlds:
         for ep_size in (1, 2, 4):
             if ranks % ep_size:

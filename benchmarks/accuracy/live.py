@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.accuracy.cases import Case
-from benchmarks.accuracy.states import BACKWARD, UPDATE, GradientWatch, States, states
+from benchmarks.accuracy.states import GradientWatch, States, states
 from benchmarks.accuracy.traffic import TrafficCounter
 from benchmarks.side_by_side.ours import one_rank
 from benchmarks.side_by_side.space import storages
@@ -31,10 +31,7 @@ class Account:
     Attributes:
         states: bytes from step to step.
         memory: bytes of Transformer-XL's memory.
-        gradients: most bytes in the backward pass; see `GradientWatch`.
-        kept: most bytes of gradients when the update begins.
-        buckets: most bytes of buckets and of what is being reduced.
-        updating: most bytes of gradients while Adam works.
+        gradients, reducing, updating: most bytes; see `GradientWatch`.
         sent: bytes of one step by phase and collective.
         flops: of one step.
     """
@@ -42,8 +39,7 @@ class Account:
     states: States
     memory: int
     gradients: int
-    kept: int
-    buckets: int
+    reducing: int
     updating: int
     sent: dict[tuple[str, str], float]
     flops: float
@@ -64,9 +60,8 @@ class AccountingTrainer(Trainer):
         return Account(
             states=states(self.engine),
             memory=sum(storages(layer for memory in self.memories for layer in memory or ()).values()),
-            gradients=watch.gradients[BACKWARD],
-            kept=watch.gradients[UPDATE],
-            buckets=watch.buckets,
+            gradients=watch.gradients,
+            reducing=watch.reducing,
             updating=watch.updating,
             sent={key: n_bytes / n_steps for key, n_bytes in traffic.sent.items()},
             flops=flops.get_total_flops() / n_steps,

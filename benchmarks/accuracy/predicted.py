@@ -25,19 +25,18 @@ THIS_CPU = Accelerator(
 """Its speed is of no account here."""
 
 
-def plan_of(run: RunConfig, layout: Layout) -> Estimate:
+def plan_of(case: Case) -> Estimate:
     """What the plan says of a run on ranks of this machine."""
-    return estimate(run, layout, Cluster(1, layout.world_size, THIS_CPU))
+    return estimate(case.run(), case.layout(), Cluster(1, case.ranks, THIS_CPU), ds=case.ds_config())
 
 
 def parameter_rows(built: Sequence[tuple[str, str, RunConfig, Counts]]) -> Iterator[Row]:
     """One row for each policy that agrees in all presets, and one for each count that does not."""
     sums: dict[str, list[int]] = {}
     for policy, preset, run, counts in built:
-        parameters = plan_of(run, Layout(1, 1, run.training.batch_size, 1, 1, torch.float32)).parameters
-        predicted = {
-            "all": parameters.total, "frozen": parameters.frozen, "in experts": parameters.experts,
-        }  # fmt: skip
+        layout = Layout(1, 1, run.training.batch_size, 1, 1, torch.float32)
+        plan = estimate(run, layout, Cluster(1, 1, THIS_CPU)).parameters
+        predicted = {"all": plan.total, "frozen": plan.frozen, "in experts": plan.experts}
         wrong = {name for name, count in counts.items() if predicted[name] != count}
         yield from (Row(PARAMETERS, f"{policy}, {preset}", n, counts[n], predicted[n]) for n in wrong)
         if not wrong:
@@ -48,7 +47,7 @@ def parameter_rows(built: Sequence[tuple[str, str, RunConfig, Counts]]) -> Itera
 
 def account_rows(case: Case, accounts: Sequence[Account]) -> Iterator[Row]:
     """What ranks hold, send and compute: of memory the rank with the most, of the rest their mean."""
-    plan = plan_of(case.run(), case.layout())
+    plan = plan_of(case)
     yield from _held(case, accounts, plan)
     yield from _sent(case, accounts, plan)
     if case.dtype == "fp32":  # in 16 bits experts compute rows of padding on a CPU
@@ -56,15 +55,16 @@ def account_rows(case: Case, accounts: Sequence[Account]) -> Iterator[Row]:
 
 
 def _held(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[Row]:
-    memory = plan.memory
+    memory, accumulation = plan.memory, plan.layout.accumulation
+    # The plan counts one micro-batch's more, which is there while it is made.
+    xl_memory = memory.xl_memory * accumulation / (accumulation + 1)
     figures: Mapping[str, tuple[Iterator[int], float | None]] = {
         "weights": ((account.states.weights for account in accounts), memory.weights),
         "gradients": ((account.gradients for account in accounts), memory.gradients),
         "optimizer states": ((account.states.optimizer for account in accounts), memory.optimizer),
         "frozen": ((account.states.frozen for account in accounts), memory.frozen),
-        "memory of the model": ((account.memory for account in accounts), memory.xl_memory),
-        "gradients before the update": ((account.kept for account in accounts), None),
-        "buckets": ((account.buckets for account in accounts), None),
+        "memory of the model": ((account.memory for account in accounts), xl_memory),
+        "gradients and buckets": ((account.reducing for account in accounts), None),
         "gradients while Adam works": ((account.updating for account in accounts), None),
     }
     for quantity, (measured, predicted) in figures.items():
@@ -79,9 +79,12 @@ def _sent(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[R
 
     traffic = plan.traffic
     figures: Mapping[str, tuple[float, float | None]] = {
-        "tokens to experts and back": (sent((FORWARD, BACKWARD), ALL_TO_ALL), traffic.all_to_all),
-        "gradients": (sent((BACKWARD,), ALL_REDUCE), traffic.all_reduce + traffic.reduce_scatter),
-        "weights": (sent((UPDATE,), ALL_GATHER), traffic.all_gather),
+        "tokens to experts and back": (sent((FORWARD, BACKWARD), ALL_TO_ALL), traffic.all_to_all.total),
+        "gradients": (
+            sent((BACKWARD,), ALL_REDUCE),
+            traffic.all_reduce.total + traffic.reduce_scatter.total,
+        ),
+        "weights": (sent((UPDATE,), ALL_GATHER), traffic.all_gather.total),
         "tokens, forward": (sent((FORWARD,), ALL_TO_ALL), None),
         "tokens, backward": (sent((BACKWARD,), ALL_TO_ALL), None),
         "statistics of routing": (sent((FORWARD,), ALL_REDUCE), None),
@@ -100,7 +103,7 @@ def peak_rows(case: Case, returned: Peak, kept: Peak, saved: int) -> Iterator[Ro
         saved: bytes that autograd keeps.
     """
     name = f"{case.shape.name}, {case.dtype}"
-    yield Row(ACTIVATIONS, name, "most", returned.peak, plan_of(case.run(), case.layout()).memory.activations)
+    yield Row(ACTIVATIONS, name, "most", returned.peak, plan_of(case).memory.activations)
     if not case.run().training.activation_checkpointing:  # autograd is not told what that keeps
         yield Row(ACTIVATIONS, name, "kept by autograd", saved)
     yield Row(ACTIVATIONS, name, "when the backward pass begins", returned.kept)

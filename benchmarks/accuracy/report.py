@@ -33,8 +33,9 @@ HEADINGS: Mapping[Claim, str] = {
 
 NOTES: Mapping[Claim, str] = {
     HELD: """\
-Counted in live engines, each storage once, padding included. Gradients: the most while the backward pass
-runs, without buckets. Optimizer states: moments and fp32 masters. Buckets hold what is being reduced.""",
+Counted in live engines, each storage once, padding included. Gradients: the most while autograd computes
+them and when the update begins; what waits in a bucket to be reduced is in the column with buckets, which
+counts flat copies too. Optimizer states: moments and fp32 masters.""",
     SENT: """\
 Counted where torch hands its collectives to the network: an all-reduce over n ranks of s bytes sends
 2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself.""",

@@ -1,6 +1,5 @@
 """Bytes of weights, gradients and optimizer states in a live engine, each storage counted once."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -55,22 +54,21 @@ class GradientWatch:
     `TrafficCounter.look`), and when Adam starts.
 
     Attributes:
-        gradients: most by phase of the loop, without what lies in buckets: in the backward pass, and what
-            is left of it when the update begins.
-        buckets: most in buckets, and in flat copies that are being reduced.
+        gradients: most while autograd computes them and when the update begins, without what waits in
+            buckets.
+        reducing: most of gradients, buckets and flat copies together, while they are reduced.
         updating: most while Adam updates one group after another, flat copies for it included.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.gradients: Counter[str] = Counter()
-        self.buckets = self.updating = 0
+        self.gradients = self.reducing = self.updating = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         adam = self.engine.deepspeed.basic_optimizer
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(lambda _: self.look(BACKWARD))
+            parameter.register_post_accumulate_grad_hook(lambda _: self._look())
             for parameter in self.engine.model.parameters()
             if parameter.requires_grad
         ]
@@ -83,7 +81,7 @@ class GradientWatch:
         for handle in self._handles:
             handle.remove()
 
-    def look(self, phase: str, reduced: Sequence[torch.Tensor] = ()) -> None:
+    def look(self, phase: str, reduced: Sequence[torch.Tensor]) -> None:
         """Compare the present with the most so far.
 
         Args:
@@ -91,9 +89,14 @@ class GradientWatch:
             reduced: tensors that are about to be reduced.
         """
         gradients, buckets = self._present()
-        flat = _without(storages(reduced), gradients, buckets)
-        self.gradients[phase] = max(self.gradients[phase], sum(gradients.values()))
-        self.buckets = max(self.buckets, sum(buckets.values()) + sum(flat.values()))
+        together = gradients | buckets | storages(reduced)
+        self.reducing = max(self.reducing, sum(together.values()))
+        if phase == UPDATE:
+            self._look()
+
+    def _look(self) -> None:
+        gradients, _ = self._present()
+        self.gradients = max(self.gradients, sum(gradients.values()))
 
     def _look_while_updating(self) -> None:
         gradients, _ = self._present()
@@ -106,7 +109,8 @@ class GradientWatch:
         buckets = storages(
             buffer for bucket in getattr(zero, "ipg_buckets", {}).values() for buffer in bucket.buffer
         )
-        return _without(storages(self._held(zero)), buckets), buckets
+        held = storages(self._held(zero))
+        return {place: size for place, size in held.items() if place not in buckets}, buckets
 
     def _held(self, zero: Any) -> Iterator[torch.Tensor]:
         """Gradients, wherever DeepSpeed keeps them."""
@@ -121,7 +125,3 @@ class GradientWatch:
 
 def _gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     return (parameter.grad for parameter in parameters if parameter.grad is not None)
-
-
-def _without(storages: dict[int, int], *others: dict[int, int]) -> dict[int, int]:
-    return {place: size for place, size in storages.items() if not any(place in other for other in others)}
