@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megamoe.analyze.report import Values
-from megamoe.training.plots import ACCENT, MUTED, STYLE, VALID
+from megamoe.plot_style import ACCENT, MUTED, STYLE, VALID
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

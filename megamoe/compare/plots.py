@@ -7,7 +7,7 @@ import numpy as np
 
 from megamoe.compare.report import ranked, seeds_of
 from megamoe.compare.summary import figure_at
-from megamoe.training.plots import ACCENT, MUTED, STYLE
+from megamoe.plot_style import ACCENT, MUTED, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from megamoe.compress.settings import METHODS, RESIDUALS, Settings
 from megamoe.compress.source import Source
 from megamoe.convert.neutral import tensors_of
 from megamoe.errors import CheckpointError
-from megamoe.training.plots import ACCENT, MUTED, STYLE, VALID
+from megamoe.plot_style import ACCENT, MUTED, STYLE, VALID
 
 _COLORS = (ACCENT, "#5fa8d3", *VALID)
 

@@ -55,6 +55,13 @@ def require_fraction(section: str, owner: object, *names: str) -> None:
         _require(0 <= value < 1, f"{section}.{name}", value, "give a probability in [0, 1)")
 
 
+def divisors_near(number: int, wanted: int) -> list[int]:
+    """The divisors of `number` next to `wanted`, below and above it."""
+    below = [d for d in range(1, min(number, wanted) + 1) if number % d == 0]
+    above = [d for d in range(wanted, number + 1) if number % d == 0]
+    return sorted({*below[-1:], *above[:1]})
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which text is read, and in which units."""
@@ -177,8 +184,9 @@ class MoEConfig:
             _require(self.schedule.max_k <= self.n_experts, "moe.schedule.max_k",
                      self.schedule.max_k, f"stay at or below moe.n_experts = {self.n_experts}")  # fmt: skip
         if self.ep_size != "auto":
+            nearest = " or ".join(map(str, divisors_near(self.n_experts, self.ep_size)))
             _require(self.n_experts % self.ep_size == 0, "moe.ep_size", self.ep_size,
-                     f"give a divisor of moe.n_experts = {self.n_experts}")  # fmt: skip
+                     f"give a divisor of moe.n_experts = {self.n_experts}, such as {nearest}")  # fmt: skip
         require_not_negative("moe", self, "balance_loss", "z_loss")
 
     def layer_indices(self, n_layers: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megamoe.moe.initialization import generator, normal
+from megamoe.moe.products import Product
 from megamoe.moe.randomness import at_site, draw, hash_of, uniform
 from megamoe.moe.ranks import ONE_RANK, Ranks
 
@@ -285,6 +286,14 @@ class Router(nn.Module, ABC):
         None: not known before training. An equal budget of expert FLOPs is dealt out by it.
         """
         return float(cls.experts_per_token(top_k, n_experts))
+
+    @classmethod
+    def products(cls, options: Any, spec: LayerSpec, n_tokens: int) -> list[Product] | None:
+        """What a training step multiplies for `n_tokens` in one layer, beside the outputs of its experts.
+
+        `megamoe plan` counts by it. None: the policy does not tell.
+        """
+        return None
 
     @classmethod
     def routes(cls, options: Any) -> int:

@@ -71,7 +71,7 @@ def plot(result: Values, image: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from megamoe.training.plots import MUTED, STYLE
+    from megamoe.plot_style import MUTED, STYLE
 
     with pyplot.rc_context(STYLE):
         figure, (hits, speed) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")

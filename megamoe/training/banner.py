@@ -1,57 +1,18 @@
 """What a run shows before its first step: every quantity that follows from its settings."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.table import Table
-from torch import nn
 
 from megamoe import kernels
+from megamoe.models.parameter_counts import parameter_counts
 from megamoe.moe.routers import router_class
-from megamoe.parallel.placement import global_shapes, saved_buffers
+from megamoe.parallel.placement import global_shapes
 from megamoe.training.evaluation import NO_EXPERTS, evaluation_span, top_ks_to_score
 
 if TYPE_CHECKING:
     from megamoe.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Numbers of the whole model, over all ranks.
-
-    Attributes:
-        trainable: moved by the optimizer.
-        frozen: held still: frozen parameters, and buffers that a checkpoint keeps (hypernetworks).
-        experts: of the trainable ones, those inside experts.
-    """
-
-    trainable: int
-    frozen: int
-    experts: int
-
-    @property
-    def total(self) -> int:
-        """Trainable and frozen."""
-        return self.trainable + self.frozen
-
-    def active(self, top_k: int, n_experts: int) -> int:
-        """Trainable parameters that one token meets when `top_k` of `n_experts` experts are active."""
-        return self.trainable - self.experts + self.experts * top_k // n_experts
-
-
-def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Count the model that `model` is this rank's part of."""
-    shapes = global_shapes(model)
-    trainable = frozen = experts = 0
-    for name, parameter in model.named_parameters():
-        size = math.prod(shapes[name])
-        trainable += size if parameter.requires_grad else 0
-        frozen += 0 if parameter.requires_grad else size
-        experts += size if ".experts." in name else 0
-    frozen += sum(buffer.numel() for buffer in saved_buffers(model).values())
-    return ParameterCounts(trainable, frozen, experts)
 
 
 def banner(rows: Mapping[str, str]) -> Table:
@@ -125,7 +86,8 @@ def _model_row(trainer: "Trainer") -> str:
 
 
 def _parameter_row(trainer: "Trainer") -> str:
-    moe, counts = trainer.run.moe, count_parameters(trainer.engine.model)
+    moe, model = trainer.run.moe, trainer.engine.model
+    counts = parameter_counts(model, global_shapes(model))
     text = f"{counts.total:,} in all: {counts.trainable:,} trainable, {counts.frozen:,} frozen"
     if counts.experts:
         k = router_class(moe.router.name).experts_per_token(moe.top_k, moe.n_experts)

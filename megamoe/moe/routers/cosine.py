@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from megamoe.config.schema import option, require_not_negative, require_positive
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 from megamoe.moe.selection import top_k_softmax
 
@@ -45,10 +46,16 @@ class CosineRouter(Router):
 
     def __init__(self, spec: LayerSpec, options: Options) -> None:
         super().__init__(spec, options)
-        width = options.width or max(2, spec.n_experts // 2)
+        width = _width(options, spec)
         self.projection = nn.Parameter(spec.normal("projection", (width, spec.d_model)))
         self.centroids = nn.Parameter(spec.orthogonal("centroids", (spec.n_experts, width)))
         self.temperature = nn.Parameter(torch.full((1,), options.temperature))
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The projection, and the cosines."""
+        width = _width(options, spec)
+        return [Product(n_tokens, spec.d_model, width), Product(n_tokens, width, spec.n_experts)]
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest cosines."""
@@ -57,3 +64,7 @@ class CosineRouter(Router):
         cosines_TE = functional.normalize(u_TM, dim=-1) @ functional.normalize(centroids_EM, dim=-1).t()
         temperature = at_least_fp32(self.temperature).clamp_min(LOWEST_TEMPERATURE)
         return top_k_softmax(cosines_TE / temperature, context.top_k)
+
+
+def _width(options: CosineRouter.Options, spec: LayerSpec) -> int:
+    return options.width or max(2, spec.n_experts // 2)

@@ -11,13 +11,15 @@ The top-k in force does not matter to this policy.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megamoe.config.schema import option
 from megamoe.errors import ConfigError
 from megamoe.moe.initialization import generator
-from megamoe.moe.routing import Router, RouterContext, Routing
+from megamoe.moe.products import Product
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 
 
 class DenseRouter(Router):
@@ -48,6 +50,11 @@ class DenseRouter(Router):
     def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> float:
         """Those that are not dropped."""
         return n_experts * (1 - options.drop)
+
+    @classmethod
+    def products(cls, options: Any, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """None."""
+        return []
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Choose all experts, or those that the mask of this step keeps."""

@@ -8,9 +8,12 @@ paper's plain random hash.
 Paper: Roller et al., "Hash Layers For Large Sparse Models", NeurIPS 2021, arXiv 2106.04426.
 """
 
+from typing import Any
+
 import torch
 
-from megamoe.moe.routing import Router, RouterContext, Routing
+from megamoe.moe.products import Product
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 from megamoe.moe.selection import choose
 
 
@@ -19,6 +22,11 @@ class HashRouter(Router):
 
     summary = "fixed random experts for each token id"
     paper = "Roller et al., NeurIPS 2021, arXiv 2106.04426"
+
+    @classmethod
+    def products(cls, options: Any, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """None."""
+        return []
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Look the experts up."""

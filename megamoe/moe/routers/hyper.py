@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 
 from megamoe.config.schema import option, require_not_negative, require_positive
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 from megamoe.moe.selection import top_k_softmax
 
@@ -81,6 +82,16 @@ class HyperRouter(Router):
         if self.options.start_std:
             with torch.no_grad():
                 self.hypernet_w_out *= self.options.start_std / self.generate()[0].std()
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The generated router, and the logits."""
+        width, gradients = spec.d_model, 2 if options.learned else 1
+        return [
+            Product(1, width, options.hyper_size, gradients),
+            Product(1, options.hyper_size, spec.n_experts * (width + 1), gradients),
+            Product(n_tokens, width, spec.n_experts),
+        ]
 
     def generate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The router in force: weight [E, D] and bias [E], fp32, differentiable in the embedding."""

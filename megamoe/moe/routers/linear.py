@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.routing import LayerSpec, Router
 
 
@@ -28,6 +29,11 @@ class LinearRouter(Router):
         self.keep("weight", self.initial_weight(), self.learned)
         if self.has_bias:
             self.keep("bias", torch.zeros(spec.n_experts), self.learned)
+
+    @classmethod
+    def products(cls, options: Any, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The logits."""
+        return [Product(n_tokens, spec.d_model, spec.n_experts, gradients=2 if cls.learned else 1)]
 
     def initial_weight(self) -> torch.Tensor:
         """W [E, D] before training: N(0, init_std^2)."""

@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 
 from megamoe.config.schema import option, require_not_negative, require_positive
 from megamoe.moe.dropout import Dropout
+from megamoe.moe.products import Product
 from megamoe.moe.routing import LayerSpec, Mixture, Router, RouterContext, Routing
 from megamoe.moe.selection import no_choices, sequences
 
@@ -86,6 +87,19 @@ class LMSRouter(Router):
     def n_domains(cls, options: Any) -> int:
         """As many as the option says."""
         return int(options.domains)
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The network, and the low-rank matrices beside each of its layers."""
+        width, d_inner = spec.d_model, spec.n_experts * spec.d_expert
+        sizes = ((width, d_inner), (d_inner, width))
+        shared = [Product(n_tokens, inner, columns) for inner, columns in sizes]
+        low_rank = [
+            Product(n_tokens, *pair)
+            for inner, columns in sizes
+            for pair in ((inner, options.rank), (options.rank, columns))
+        ]
+        return shared + low_rank
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """No choices."""

@@ -24,6 +24,7 @@ from torch.nn import functional
 from megamoe.config.schema import option, require_not_negative
 from megamoe.moe.losses import TINY, squared_variation, token_mean
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.routers.linear import LinearRouter
 from megamoe.moe.routing import LayerSpec, RouterContext, Routing
 from megamoe.moe.selection import top_k_softmax
@@ -50,6 +51,11 @@ class NoisyTopKRouter(LinearRouter):
     def __init__(self, spec: LayerSpec, options: Options) -> None:
         super().__init__(spec, options)
         self.noise_weight = nn.Parameter(spec.normal("noise_weight", (spec.n_experts, spec.d_model)))
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The logits, and the size of their noise."""
+        return 2 * super().products(options, spec, n_tokens)
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest noisy logits."""

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from megamoe.config.schema import option, require_not_negative
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 from megamoe.moe.selection import choose
 
@@ -48,6 +49,11 @@ class OmniRouter(Router):
         if self.share(options.group):
             shape, std = (spec.n_experts, spec.d_model), math.sqrt(0.1 / spec.d_model)
             self.weight = nn.Parameter(spec.truncated_normal("weight", shape, std))
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The logits."""
+        return [Product(n_tokens, spec.d_model, spec.n_experts)]
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Route by the k largest probabilities of the shared router."""

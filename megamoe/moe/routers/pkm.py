@@ -24,6 +24,7 @@ from torch.nn import functional
 from megamoe.config.schema import option, require_positive
 from megamoe.moe.dropout import Dropout
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.routing import LayerSpec, Mixture, Router, RouterContext, Routing
 from megamoe.moe.selection import no_choices
 
@@ -67,6 +68,12 @@ class ProductKeyMemory(Router):
     @classmethod
     def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> None:
         """There are none."""
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The scores of both sets of keys."""
+        n_keys, half = options.heads * math.isqrt(spec.n_experts * spec.d_expert), spec.d_model // 2
+        return [Product(n_tokens, width, n_keys) for width in (half, spec.d_model - half)]
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """No choices."""

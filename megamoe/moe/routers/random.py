@@ -10,10 +10,13 @@ Paper: Chen et al., "Sparse MoE as the New Dropout: Scaling Dense and Self-Slimm
 ICLR 2023, arXiv 2303.01610, among its baselines.
 """
 
+from typing import Any
+
 import torch
 
 from megamoe.moe.precision import at_least_fp32
-from megamoe.moe.routing import Router, RouterContext, Routing
+from megamoe.moe.products import Product
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 from megamoe.moe.selection import places_in_segments, top_k_softmax
 
 
@@ -22,6 +25,11 @@ class RandomRouter(Router):
 
     summary = "random experts, a baseline that ignores the token"
     paper = "Chen et al., ICLR 2023, arXiv 2303.01610 (baselines)"
+
+    @classmethod
+    def products(cls, options: Any, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """None."""
+        return []
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Draw scores and route by the k largest."""

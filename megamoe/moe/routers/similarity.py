@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from megamoe.config.schema import option, require_not_negative, require_positive
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.ranks import Ranks
 from megamoe.moe.routers.cka import FEWEST_TOKENS, cka
 from megamoe.moe.routers.smoe import SMoERouter
@@ -69,6 +70,12 @@ class SimilarityRouter(SMoERouter):
         width = options.width or spec.n_experts
         projection_PD = spec.normal("projection", (width, spec.d_model), std=spec.d_model**-0.5)
         self.register_buffer("projection", projection_PD)
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The logits, and which experts share tokens; the few steps that check pairs make more."""
+        shared = Product(spec.n_experts, n_tokens, spec.n_experts, gradients=0)
+        return [*super().products(options, spec, n_tokens), shared]
 
     def mix(
         self, x_TD: torch.Tensor, context: RouterContext, mixture: Mixture

@@ -24,6 +24,7 @@ from megamoe.config.schema import option, require_not_negative, require_positive
 from megamoe.errors import ConfigError
 from megamoe.moe.losses import load_shares, token_mean
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.routers.linear import LinearRouter
 from megamoe.moe.routing import LayerSpec, RouterContext, Routing
 from megamoe.moe.selection import choose
@@ -65,6 +66,12 @@ class StableRouter(LinearRouter):
     def initial_weight(self) -> torch.Tensor:
         """Orthogonal."""
         return self.spec.orthogonal("weight", (self.spec.n_experts, self.spec.d_model), gain=0.1)
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The logits, and in stage 1, which is counted here, the light router of all tokens."""
+        light = Product(spec.vocab_size, options.light_size, spec.n_experts)
+        return [*super().products(options, spec, n_tokens), light]
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Choose by the stage, weigh by the learned router."""

@@ -27,6 +27,7 @@ from megamoe.config.schema import option, require_not_negative
 from megamoe.errors import ConfigError
 from megamoe.moe.losses import TINY, token_mean
 from megamoe.moe.precision import at_least_fp32
+from megamoe.moe.products import Product
 from megamoe.moe.routing import LayerSpec, Mixture, Router, RouterContext, Routing
 from megamoe.moe.selection import NO_EXPERT, check_top_k, choose
 
@@ -54,8 +55,7 @@ class StratifiedRouter(Router):
 
     def __init__(self, spec: LayerSpec, options: Options) -> None:
         super().__init__(spec, options)
-        n_experts, quarter = spec.n_experts, max(1, spec.n_experts // 4)
-        strata = options.strata or tuple(n for n in (quarter, n_experts - quarter) if n)
+        n_experts, strata = spec.n_experts, _strata(options, spec)
         if min(strata) < 1 or sum(strata) != n_experts:
             raise ConfigError(
                 f"moe.router.strata = {options.strata}: give numbers above 0 that sum to moe.n_experts ="
@@ -71,6 +71,12 @@ class StratifiedRouter(Router):
     @classmethod
     def experts_computed(cls, options: Options, top_k: int, n_experts: int) -> None:
         """It follows from what is learned."""
+
+    @classmethod
+    def products(cls, options: Options, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """All gates, each for all tokens."""
+        starts = accumulate(_strata(options, spec)[:-1], initial=0)
+        return [Product(n_tokens, spec.d_model, spec.n_experts - start) for start in starts]
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """The choices at the first gate."""
@@ -129,3 +135,8 @@ class StratifiedRouter(Router):
         at_gate_TX = torch.cat([here_T1, first_TV * here_T1, p_TV * here_T1], 1)
         share, first_V, p_V = context.over_ranks(token_mean(at_gate_TX)).split([1, n_visible, n_visible])
         return n_visible * torch.dot(first_V, p_V) / share.square().sum().clamp_min(TINY)
+
+
+def _strata(options: StratifiedRouter.Options, spec: LayerSpec) -> tuple[int, ...]:
+    quarter = max(1, spec.n_experts // 4)
+    return options.strata or tuple(n for n in (quarter, spec.n_experts - quarter) if n)

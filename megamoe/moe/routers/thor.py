@@ -20,7 +20,8 @@ import torch
 
 from megamoe.config.schema import option, require_not_negative
 from megamoe.moe.precision import at_least_fp32
-from megamoe.moe.routing import Router, RouterContext, Routing
+from megamoe.moe.products import Product
+from megamoe.moe.routing import LayerSpec, Router, RouterContext, Routing
 from megamoe.moe.selection import places_in_segments
 
 
@@ -56,6 +57,11 @@ class ThorRouter(Router):
     def routes(cls, options: Any) -> int:
         """Two."""
         return 2
+
+    @classmethod
+    def products(cls, options: Any, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """None."""
+        return []
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """Draw."""

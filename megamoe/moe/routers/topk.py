@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from megamoe.moe.dropout import Dropout
+from megamoe.moe.products import Product
 from megamoe.moe.routing import LayerSpec, Mixture, Router, RouterContext, Routing
 from megamoe.moe.selection import check_top_k, no_choices
 
@@ -43,6 +44,12 @@ class TopKActivation(Router):
     def experts_computed(cls, options: Any, top_k: int, n_experts: int) -> float:
         """All."""
         return float(n_experts)
+
+    @classmethod
+    def products(cls, options: Any, spec: LayerSpec, n_tokens: int) -> list[Product]:
+        """The network."""
+        width, d_inner = spec.d_model, spec.n_experts * spec.d_expert
+        return [Product(n_tokens, width, d_inner), Product(n_tokens, d_inner, width)]
 
     def forward(self, x_TD: torch.Tensor, context: RouterContext) -> Routing:
         """No choices."""

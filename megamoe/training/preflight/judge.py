@@ -7,7 +7,7 @@ from statistics import median
 
 from megamoe.training.preflight.facts import Facts
 from megamoe.training.preflight.needs import Needs
-from megamoe.training.preflight.units import flop_rate, size, speed
+from megamoe.plan.units import flop_rate, size, speed
 
 SLOW = 0.5
 """A node below this part of the median is named."""

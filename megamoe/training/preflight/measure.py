@@ -2,17 +2,14 @@
 
 import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 import torch.distributed as dist
 
 from megamoe.parallel.launch import World
+from megamoe.plan.this_cpu import REPEATS, median_seconds, product_speed
 
 MESSAGE_BYTES = (1 << 16, 1 << 20, 1 << 24)
-REPEATS = 5
-MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
-"""Large enough for a device's best speed."""
 
 
 def collective_speeds(world: World, ep_size: int) -> dict[str, dict[int, float]]:
@@ -64,15 +61,8 @@ def best_link(world: World, hosts: list[str], n_bytes: int = 1 << 22) -> float:
 
 def arithmetic_speed(world: World, dtype: torch.dtype) -> float:
     """Operations/s of a product of square matrices; all ranks at once, as they train."""
-    size = MATRIX_SIZE[world.device.type]
-    matrix = torch.full((size, size), 1 / size, dtype=dtype, device=world.device)
-    product = torch.empty_like(matrix)
-
-    def multiply() -> None:
-        torch.mm(matrix, matrix, out=product)
-
     world.barrier()
-    return 2 * size**3 / _seconds(world, multiply)
+    return product_speed(world.device, dtype)
 
 
 def clock_ahead(world: World) -> float:
@@ -111,11 +101,4 @@ def _consecutive(world: World, size: int) -> dist.ProcessGroup | None:
 
 
 def _seconds(world: World, action: Callable[[], None]) -> float:
-    times = []
-    for _ in range(REPEATS + 1):  # the first connects
-        began = time.perf_counter()
-        action()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
+    return median_seconds(world.device, action)  # the first call, left out there, connects

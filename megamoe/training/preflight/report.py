@@ -10,7 +10,7 @@ from rich.table import Table
 from megamoe.training.preflight.facts import Facts
 from megamoe.training.preflight.judge import Finding, Speeds
 from megamoe.training.preflight.needs import Needs
-from megamoe.training.preflight.units import flop_rate, size, speed
+from megamoe.plan.units import flop_rate, size, speed
 from megamoe.training.terminal import open_terminal
 
 

@@ -16,3 +16,16 @@ def speed(bytes_per_second: float) -> str:
 def flop_rate(per_second: float) -> str:
     """As "1.2 TFLOP/s"."""
     return f"{per_second / 1e12:,.1f} TFLOP/s" if per_second >= 1e12 else f"{per_second / 1e9:,.0f} GFLOP/s"
+
+
+def numbers(count: float) -> str:
+    """As "1.23 B", in billions, millions and thousands."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def seconds(value: float) -> str:
+    """As "1.23 s" or "45.6 ms"."""
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"

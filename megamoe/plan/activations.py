@@ -1,0 +1,222 @@
+"""Bytes that one micro-batch keeps for its backward pass, and what it works in beside them.
+
+Counted by component from what each keeps: distinct storages, without parameters. What experts keep of tokens
+from other ranks is in `megamoe.plan.exchange`. GPUs keep more than CPUs, because torch differentiates
+their grouped products one by one.
+"""
+
+from dataclasses import dataclass, replace
+
+from megamoe.models.attention import QUERY_BLOCK
+from megamoe.models.attention_core import MOST_SCORES_AT_ONCE, SCORES_AT_ONCE
+from megamoe.models.cross_entropy import LOGITS_AT_ONCE
+from megamoe.models.embeddings import needs_projections
+from megamoe.moe.mixture import ROW_MULTIPLE, SIXTEEN_BITS
+from megamoe.moe.routers import router_class
+from megamoe.plan.flops import query_key_pairs, scored_clusters
+from megamoe.plan.workload import Workload, layer_spec, router_options
+
+WIDE = 4
+"""Bytes of fp32, in which routing, sums and losses are computed."""
+INDEX = 8
+"""Bytes of an index or a key."""
+TABLES = 2
+"""[T, E] of a policy: logits, and their softmax or what takes its place."""
+PIECES = 5
+"""Scores, shifted scores, probabilities and two gradients of one piece of attention."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one rank.
+
+    Attributes:
+        kept: at the end of the forward pass of a micro-batch, without what the loss keeps.
+        working: the most that the loss, or the backward pass of one sublayer, needs beside them.
+        scores: of `kept`, probabilities of attention.
+    """
+
+    kept: int
+    working: int
+    scores: int
+
+    @property
+    def peak(self) -> int:
+        """When the backward pass begins."""
+        return self.kept + self.working
+
+
+def activations(load: Workload) -> Activations:
+    """Of a micro-batch under the checkpointing that the run asks for."""
+    sublayers = _Sublayers(load)
+    dense = load.run.model.n_layers - load.mixtures
+    counts = {
+        "attention": (load.run.model.n_layers, sublayers.attention()),
+        "feed_forward": (dense, sublayers.feed_forward()),
+        "mixture": (load.mixtures, sublayers.mixture()),
+    }
+    kept, working, scores = sublayers.ends(), loss_bytes(load), 0
+    for name, (count, whole) in counts.items():
+        if not count:
+            continue
+        staying = whole
+        if load.run.training.activation_checkpointing:
+            staying = sublayers.checkpointed(name)
+        elif name == "attention":
+            scores = count * sublayers.scores()
+        kept += count * staying
+        # Of a checkpointed sublayer all is there again while its gradients are computed.
+        working = max(working, whole - staying + sublayers.gradients(name))
+    return Activations(int(kept), int(working), int(scores))
+
+
+def without_checkpointing(load: Workload) -> Activations:
+    """What the same micro-batch keeps if nothing is computed again."""
+    return activations(_checkpointing(load, False))
+
+
+def with_checkpointing(load: Workload) -> Activations:
+    """What it keeps if attention, dense networks and experts are computed again."""
+    return activations(_checkpointing(load, True))
+
+
+def _checkpointing(load: Workload, enabled: bool) -> Workload:
+    training = replace(load.run.training, activation_checkpointing=enabled)
+    return replace(load, run=replace(load.run, training=training))
+
+
+class _Sublayers:
+    """Bytes of each kind of sublayer of `load`."""
+
+    def __init__(self, load: Workload) -> None:
+        model = load.run.model
+        self.load, self.model, self.b = load, model, load.itemsize
+        self.tokens, self.width = load.tokens, model.d_model
+        self.rows = load.batch * load.context
+        self.inner = model.n_heads * model.d_head
+        self.stream = self.tokens * self.width * self.b
+        self.mask = self.tokens * self.width if model.dropout else 0
+        self.choices = self.tokens * load.choices
+
+    def ends(self) -> float:
+        """Of embedding and output: ids, keys, masks, encodings of distances, what the output layer reads."""
+        encodings = (self.load.context + 1) * self.width * self.b
+        hidden = self.stream + self.mask if self.model.dropout else self.stream
+        return 3 * INDEX * self.tokens + self.mask + encodings + hidden
+
+    def scores(self) -> float:
+        """Probabilities, with the mask of dropout in their signs."""
+        return self.load.batch * self.model.n_heads * query_key_pairs(self.load) * self.b
+
+    def attention(self) -> float:
+        """Context, projections, probabilities, what the output layer reads; dropout, residual and norm."""
+        context = self.rows * self.width * self.b
+        kept = 2 * context + self._statistics(self.rows) if self.model.pre_norm else context
+        if self.load.batch > 1:
+            kept += self.stream  # the rows of the segment are not contiguous in the context
+        queries, keys = self.tokens * self.inner * self.b, self.rows * self.inner * self.b
+        distances = (self.load.context + 1) * self.inner * self.b
+        kept += 3 * queries + 2 * keys + distances + self.scores()
+        if self.model.attention_dropout:
+            kept += INDEX * self.tokens * self.model.n_heads
+        return kept + self._after()
+
+    def feed_forward(self) -> float:
+        """Input, hidden units, and where they drop."""
+        hidden = self.tokens * self.model.d_inner
+        return self._before() + hidden * (self.b + (1 + self.b if self.model.dropout else 0)) + self._after()
+
+    def mixture(self) -> float:
+        """Input, what routing keeps, choices and hidden units."""
+        kept = self._before() + self._after()
+        if not self.load.has_experts:
+            return kept + self._owned()
+        return kept + self._routing() + self._experts()
+
+    def checkpointed(self, name: str) -> float:
+        """What stays of a sublayer that is computed again: its input, and for attention the memory."""
+        if name == "feed_forward":
+            return self.stream
+        if name == "attention":
+            memory = self.load.batch * self.model.memory_len * self.width * self.b
+            return self.stream + memory
+        outside = self._before() + self._after()
+        if not self.load.has_experts:
+            return outside + self._owned()
+        return outside + self._routing() + (INDEX + WIDE) * self.choices
+
+    def gradients(self, name: str) -> float:
+        """What the backward pass of a sublayer works in."""
+        if name == "attention":
+            at_once = SCORES_AT_ONCE["cpu"] if not self.load.on_gpu else MOST_SCORES_AT_ONCE
+            most = self.load.batch * self.model.n_heads * QUERY_BLOCK * self.load.context
+            piece = PIECES * min(at_once, most) * self.b
+            inner = (3 * self.tokens + 2 * self.rows) * self.inner * self.b
+            return inner + piece + 2 * self.rows * self.width * self.b
+        if name == "feed_forward":
+            return 2 * self.tokens * self.model.d_inner * self.b + 2 * self.stream
+        if self._grouped:
+            per_choice = self.width * (self.b + WIDE) + 2 * self.load.run.moe.d_expert * self.b
+            return self.choices * per_choice + 2 * self.stream
+        return 2 * WIDE * self.tokens * self.width + 2 * self.stream
+
+    @property
+    def _grouped(self) -> bool:
+        return self.load.on_gpu and self.load.layout.dtype in SIXTEEN_BITS
+
+    def _statistics(self, rows: float) -> float:
+        return 2 * WIDE * rows
+
+    def _before(self) -> float:
+        """The input, and where the norm comes first what it was made from."""
+        return 2 * self.stream + self._statistics(self.tokens) if self.model.pre_norm else self.stream
+
+    def _after(self) -> float:
+        """Mask of dropout, and where the norm comes last what it reads."""
+        return self.mask + (0 if self.model.pre_norm else self.stream + self._statistics(self.tokens))
+
+    def _routing(self) -> float:
+        """The tokens in fp32 where they are not, tables of all experts, and weights of the chosen."""
+        load = self.load
+        products = router_class(load.run.moe.router.name).products(
+            router_options(load.run), layer_spec(load.run), load.tokens
+        )
+        looks = any(product.rows == load.tokens and product.inner == self.width for product in products or ())
+        wide = WIDE * self.tokens * self.width if looks and self.b < WIDE else 0
+        tables = TABLES * WIDE * self.tokens * load.run.moe.n_experts if looks else 0
+        return wide + tables + (INDEX + WIDE) * self.choices
+
+    def _experts(self) -> float:
+        """Order, token, expert and key of each choice, its weight and its hidden units."""
+        moe, named = self.load.run.moe, (4 * INDEX + WIDE) * self.choices
+        if not self._grouped:
+            padding = 0.0
+            if self.load.layout.dtype in SIXTEEN_BITS:
+                padding = self.load.local_experts * (ROW_MULTIPLE - 1) / 2
+            return named + (self.choices + padding) * moe.d_expert * self.b
+        # Rows that grouped products read, and that are summed, in fp32; what ReLU and what dropout leave.
+        hidden = moe.d_expert * (2 * self.b + (1 if self.model.dropout else 0))
+        rows = self.width * (self.b + WIDE) + hidden + self.load.local_experts * self.b
+        return named + self.choices * rows
+
+    def _owned(self) -> float:
+        """Of policies that are a network of their own: what each of their products reads, and dropout."""
+        load = self.load
+        cls = router_class(load.run.moe.router.name)
+        products = cls.products(router_options(load.run), layer_spec(load.run), load.tokens) or []
+        read = sum(product.rows * product.columns for product in products if product.columns > self.width)
+        return read * (2 * self.b + (2 if self.model.dropout else 1))
+
+
+def loss_bytes(load: Workload) -> float:
+    """What the loss keeps and works in: logits in fp32 and their gradients, of all tokens or of some."""
+    most = 0.0
+    for rows, width, symbols in scored_clusters(load):
+        if rows * symbols <= LOGITS_AT_ONCE:
+            most = max(most, rows * symbols * (3 * WIDE + load.itemsize))
+        else:
+            weights = symbols * width * (WIDE + 2 * load.itemsize)
+            most = max(most, LOGITS_AT_ONCE * (2 * WIDE + load.itemsize) + weights)
+    if needs_projections(load.run.model):
+        most += load.tokens * load.run.model.d_model * load.itemsize
+    return most
