@@ -6,6 +6,7 @@ from statistics import mean
 import torch
 from megamoe.plan.devices import Accelerator, Cluster
 from megamoe.plan.estimate import Estimate, estimate
+from megamoe.plan.workload import experts_per_token
 
 from benchmarks.accuracy.cases import Case
 from benchmarks.accuracy.live import Account
@@ -51,7 +52,9 @@ def account_rows(case: Case, accounts: Sequence[Account]) -> Iterator[Row]:
     yield from _held(case, accounts, plan)
     yield from _sent(case, accounts, plan)
     if case.dtype == "fp32":  # in 16 bits experts compute rows of padding on a CPU
-        yield Row(FLOPS, case.name, "FLOPs", mean(account.flops for account in accounts), plan.flops.per_step)
+        measured, moe = mean(account.flops for account in accounts), case.run().moe
+        known = experts_per_token(moe, moe.top_k)[1]
+        yield Row(FLOPS, case.name, "FLOPs", measured, plan.flops.per_step if known else None)
 
 
 def _held(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[Row]:
