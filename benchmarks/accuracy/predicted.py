@@ -4,9 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
 import torch
-from megamoe.plan.devices import Accelerator, Cluster
-from megamoe.plan.estimate import Estimate, estimate
-from megamoe.plan.workload import experts_per_token
 
 from benchmarks.accuracy.cases import Case
 from benchmarks.accuracy.live import Account
@@ -18,6 +15,9 @@ from benchmarks.accuracy.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL
 from megamoe.config import RunConfig
 from megamoe.parallel.device import Device
 from megamoe.parallel.ds_config import Layout
+from megamoe.plan.devices import Accelerator, Cluster
+from megamoe.plan.estimate import Estimate, estimate
+from megamoe.plan.workload import experts_per_token
 
 THIS_CPU = Accelerator(
     name="cpu", kind="cpu", memory=16e9, peak={torch.float32: 1e11, torch.bfloat16: 1e11}, bandwidth=1e10,
