@@ -1,7 +1,7 @@
 """Bytes: what a forward pass keeps for the backward pass, and the peak of a process."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ def saved_bytes(module: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
     kept += _on_contexts(output.grad_fn)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    return sum(size for place, size in sizes.items() if place not in parameters)
+    parameters = storages(module.parameters())
+    return sum(size for place, size in storages(kept).items() if place not in parameters)
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of the distinct storages of `tensors`, by their addresses."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 def _on_contexts(function: Any) -> Iterator[torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Runs measured live, beside what `megamoe plan` says of them before they start."""

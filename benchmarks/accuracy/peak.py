@@ -1,0 +1,107 @@
+"""Memory of the forward and backward pass of a training run, as the kernel counts it.
+
+Each run has a process of its own, in which freed memory goes back to the kernel at once: every tensor of
+64 KB and more is a mapping of its own. What is resident is then what is alive, to the page, and repeats;
+under the setting that runs choose for speed (docs/deepspeed.md) it also counts what was freed and is kept.
+"""
+
+import gc
+import os
+import statistics
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.accuracy.cases import DTYPES, Case
+from benchmarks.accuracy.live import NOWHERE, WARMUP_STEPS
+from benchmarks.accuracy.states import BACKWARD, UPDATE
+from benchmarks.side_by_side.ours import one_rank
+from benchmarks.side_by_side.space import saved_bytes
+from megamoe.models.transformer_xl import TransformerXL
+from megamoe.serve.measurement import forget_peak, peak_bytes, resident_bytes
+from megamoe.training.session import load_checked_corpus, with_vocabulary
+from megamoe.training.trainer import Trainer
+from tests.ranks import run_ranks
+
+STEPS = 3
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+PATIENCE_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes above what the process held before the step.
+
+    Attributes:
+        kept: when the backward pass begins.
+        peak: most in both passes.
+    """
+
+    kept: int
+    peak: int
+
+
+class PeakTrainer(Trainer):
+    """Takes a few steps in place of training to the end, and looks at the memory of the process."""
+
+    def _beat(self, phase: str) -> None:
+        super()._beat(phase)
+        if phase == BACKWARD:
+            self.before_backward = resident_bytes()
+        elif phase == UPDATE:
+            self.peak_of_passes = peak_bytes()
+
+    def peak(self) -> Peak:
+        """Medians over a few steps."""
+        for _ in range(WARMUP_STEPS):
+            self._train_step()
+        steps = [self._measured_step() for _ in range(STEPS)]
+        return Peak(
+            round(statistics.median(step.kept for step in steps)),
+            round(statistics.median(step.peak for step in steps)),
+        )
+
+    def _measured_step(self) -> Peak:
+        gc.collect()
+        floor = resident_bytes()
+        forget_peak()
+        self._train_step()
+        return Peak(self.before_backward - floor, self.peak_of_passes - floor)
+
+
+def peak_here(case: Case) -> Peak:
+    """In this process."""
+    world, run = one_rank(), case.run()
+    corpus = load_checked_corpus(run)
+    trainer = PeakTrainer(with_vocabulary(run, corpus), case.ds_config(), world, corpus, NOWHERE)
+    return trainer.peak()
+
+
+def peak_of(case: Case, *, keeps_freed: bool = False) -> Peak:
+    """In a fresh process.
+
+    Args:
+        keeps_freed: freed memory is kept for the next step, as runs do it.
+    """
+    with patch.dict(os.environ, {} if keeps_freed else {THRESHOLD: str(1 << 16)}):  # read at its start
+        result: Peak = run_ranks(peak_here, 1, case, timeout=PATIENCE_SECONDS)[0]
+    return result
+
+
+def saved(case: Case) -> int:
+    """Bytes that autograd keeps of one forward pass, counted tensor by tensor."""
+    run, dtype = case.run(), DTYPES[case.dtype]
+    batch_size, sizes = run.training.batch_size, run.model
+    model = TransformerXL(sizes, run.moe, seed=run.training.seed)
+    for parameter in model.parameters():
+        parameter.data = parameter.to(dtype)
+    memory_BMD = torch.zeros(batch_size, sizes.memory_len, sizes.d_model, dtype=dtype)
+    tokens_BN = torch.arange(batch_size * (sizes.segment_len + 1)).view(batch_size, -1) % sizes.vocab_size
+
+    def loss() -> torch.Tensor:
+        output = model(tokens_BN[:, :-1], tokens_BN[:, 1:], (memory_BMD,) * sizes.n_layers)
+        mean: torch.Tensor = output.loss_BS.mean()
+        return mean
+
+    return saved_bytes(model, loss)

@@ -1,0 +1,113 @@
+"""Measured figures beside those of the plan."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+
+import torch
+
+from benchmarks.accuracy.cases import Case
+from benchmarks.accuracy.live import Account
+from benchmarks.accuracy.parameters import Counts
+from benchmarks.accuracy.peak import Peak
+from benchmarks.accuracy.rows import ACTIVATIONS, FLOPS, HELD, PARAMETERS, SENT, Row
+from benchmarks.accuracy.states import BACKWARD, FORWARD, UPDATE
+from benchmarks.accuracy.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL
+from megamoe.config import RunConfig
+from megamoe.parallel.device import Device
+from megamoe.parallel.ds_config import Layout
+from megamoe.plan.devices import Accelerator, Cluster
+from megamoe.plan.estimate import Estimate, estimate
+from megamoe.plan.workload import experts_per_token
+
+THIS_CPU = Accelerator(
+    name="cpu", kind="cpu", memory=16e9, peak={torch.float32: 1e11, torch.bfloat16: 1e11}, bandwidth=1e10,
+    fast=1e9, slow=1e9, efficiency=1.0, abilities=Device("cpu", bf16=True, fp16=False),
+)  # fmt: skip
+"""Its speed is of no account here."""
+
+
+def plan_of(case: Case) -> Estimate:
+    """What the plan says of a run on ranks of this machine."""
+    return estimate(case.run(), case.layout(), Cluster(1, case.ranks, THIS_CPU), ds=case.ds_config())
+
+
+def parameter_rows(built: Sequence[tuple[str, str, RunConfig, Counts]]) -> Iterator[Row]:
+    """One row for each policy that agrees in all presets, and one for each count that does not."""
+    sums: dict[str, list[int]] = {}
+    for policy, preset, run, counts in built:
+        layout = Layout(1, 1, run.training.batch_size, 1, 1, torch.float32)
+        plan = estimate(run, layout, Cluster(1, 1, THIS_CPU)).parameters
+        predicted = {"all": plan.total, "frozen": plan.frozen, "in experts": plan.experts}
+        wrong = {name for name, count in counts.items() if predicted[name] != count}
+        yield from (Row(PARAMETERS, f"{policy}, {preset}", n, counts[n], predicted[n]) for n in wrong)
+        if not wrong:
+            sums.setdefault(policy, []).append(counts["all"])
+    for policy, totals in sums.items():
+        yield Row(PARAMETERS, f"{policy}, {len(totals)} presets", "all", sum(totals), sum(totals))
+
+
+def account_rows(case: Case, accounts: Sequence[Account]) -> Iterator[Row]:
+    """What ranks hold, send and compute: of memory the rank with the most, of the rest their mean."""
+    plan = plan_of(case)
+    yield from _held(case, accounts, plan)
+    yield from _sent(case, accounts, plan)
+    if case.dtype == "fp32":  # in 16 bits experts compute rows of padding on a CPU
+        measured, moe = mean(account.flops for account in accounts), case.run().moe
+        known = experts_per_token(moe, moe.top_k)[1]
+        yield Row(FLOPS, case.name, "FLOPs", measured, plan.flops.per_step if known else None)
+
+
+def _held(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[Row]:
+    memory, accumulation = plan.memory, plan.layout.accumulation
+    # The plan counts one micro-batch's more, which is there while it is made.
+    xl_memory = memory.xl_memory * accumulation / (accumulation + 1)
+    figures: Mapping[str, tuple[Iterator[int], float | None]] = {
+        "weights": ((account.states.weights for account in accounts), memory.weights),
+        "gradients": ((account.gradients for account in accounts), memory.gradients),
+        "optimizer states": ((account.states.optimizer for account in accounts), memory.optimizer),
+        "frozen": ((account.states.frozen for account in accounts), memory.frozen),
+        "memory of the model": ((account.memory for account in accounts), xl_memory),
+        "gradients and buckets": ((account.reducing for account in accounts), None),
+        "gradients while Adam works": ((account.updating for account in accounts), None),
+    }
+    for quantity, (measured, predicted) in figures.items():
+        yield Row(HELD, case.name, quantity, max(measured), predicted)
+
+
+def _sent(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[Row]:
+    def sent(phases: Sequence[str], collective: str) -> float:
+        return mean(
+            sum(account.sent.get((phase, collective), 0.0) for phase in phases) for account in accounts
+        )
+
+    traffic = plan.traffic
+    figures: Mapping[str, tuple[float, float | None]] = {
+        "tokens to experts and back": (sent((FORWARD, BACKWARD), ALL_TO_ALL), traffic.all_to_all.total),
+        "gradients": (
+            sent((BACKWARD,), ALL_REDUCE),
+            traffic.all_reduce.total + traffic.reduce_scatter.total,
+        ),
+        "weights": (sent((UPDATE,), ALL_GATHER), traffic.all_gather.total),
+        "tokens, forward": (sent((FORWARD,), ALL_TO_ALL), None),
+        "tokens, backward": (sent((BACKWARD,), ALL_TO_ALL), None),
+        "statistics of routing": (sent((FORWARD,), ALL_REDUCE), None),
+        "norms and flags": (sent((UPDATE,), ALL_REDUCE), None),
+    }
+    for quantity, (measured, predicted) in figures.items():
+        yield Row(SENT, case.name, quantity, measured, predicted)
+
+
+def peak_rows(case: Case, returned: Peak, kept: Peak, saved: int) -> Iterator[Row]:
+    """Activations of a run.
+
+    Args:
+        returned: with freed memory given back.
+        kept: with freed memory kept.
+        saved: bytes that autograd keeps.
+    """
+    name = f"{case.shape.name}, {case.dtype}"
+    yield Row(ACTIVATIONS, name, "most", returned.peak, plan_of(case).memory.activations)
+    if not case.run().training.activation_checkpointing:  # autograd is not told what that keeps
+        yield Row(ACTIVATIONS, name, "kept by autograd", saved)
+    yield Row(ACTIVATIONS, name, "when the backward pass begins", returned.kept)
+    yield Row(ACTIVATIONS, name, "most, freed memory kept", kept.peak)

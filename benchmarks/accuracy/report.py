@@ -1,0 +1,58 @@
+"""The rows as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.accuracy.rows import ACTIVATIONS, FLOPS, HELD, PARAMETERS, SENT, Claim, Row, table, verdicts
+
+REPORT = """\
+# What a plan says, and what runs do
+
+{date}, `{command}`, {machine}.
+{policies} policies in {presets} presets; {cases} runs on up to {ranks} ranks over gloo, by the trainer
+itself, counted over {steps} steps when the memory of Transformer-XL is full.
+
+| what | bound | figures | largest deviation | |
+|---|---|---|---|---|
+{verdicts}
+
+Tables tell what was measured, and in brackets how far the prediction is off; figures without brackets are
+predicted exactly, or nothing is predicted of them. Of memory the rank with the most counts, of the rest the
+mean of the ranks.
+
+{tables}
+"""
+
+HEADINGS: Mapping[Claim, str] = {
+    HELD: "Bytes that a rank holds",
+    SENT: "Bytes that a rank sends in a step",
+    FLOPS: "FLOPs of a step on a rank",
+    ACTIVATIONS: "Bytes of activations",
+    PARAMETERS: "Numbers in a model",
+}
+
+NOTES: Mapping[Claim, str] = {
+    HELD: """\
+Counted in live engines, each storage once, padding included. Gradients: the most while autograd computes
+them and when the update begins; what waits in a bucket to be reduced is in the column with buckets, which
+counts flat copies too. Optimizer states: moments and fp32 masters.""",
+    SENT: """\
+Counted where torch hands its collectives to the network: an all-reduce over n ranks of s bytes sends
+2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself.""",
+    FLOPS: "By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward.",
+    ACTIVATIONS: """\
+Most resident memory of forward and backward pass above what the process held before: in a process of its
+own, after warm-up, median of {peak_steps} steps. Freed memory goes back to the kernel at once; in the last
+column it is kept for the next step, as runs do it on CPUs.""",
+    PARAMETERS: "Built; all, frozen ones and those in experts are compared. Sums are over presets.",
+}
+
+
+def report(result: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The whole of it."""
+    tables = []
+    for claim, heading in HEADINGS.items():
+        group = [row for row in rows if row.claim == claim]
+        if group:
+            tables.append(f"## {heading}\n\n{NOTES[claim].format(**result)}\n\n{table(group)}")
+    return REPORT.format(**result, verdicts="\n".join(verdicts(rows)), tables="\n\n".join(tables))
