@@ -72,8 +72,9 @@ class TrafficCounter(TorchDispatchMode):
         if name == ALL_REDUCE:
             self.look(self.phase(), tensors)
         n_bytes = sum(tensor.nbytes for tensor in tensors)
+        sent: float
         if name == ALL_TO_ALL:
-            sent = float(n_bytes - _kept(tensors[0], args[4], group))
+            sent = n_bytes - _kept(tensors[0], args[4], group)
         else:
             sent = n_bytes * (2 if name == ALL_REDUCE else 1) * (group.size() - 1) / group.size()
         self.sent[self.phase(), name] += sent
