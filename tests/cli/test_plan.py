@@ -20,7 +20,7 @@ def test_tables_and_reasons_are_printed(capsys: pytest.CaptureFixture[str], tmp_
         "all-to-all",
         "largest micro-batch",
         "1. moe.ep_size=",
-        "days",
+        "node-hours",
     ):
         assert words in shown
     assert image.read_bytes().startswith(b"\x89PNG")
