@@ -6,7 +6,7 @@ stays, nothing is copied twice, and other threads compute meanwhile. So one expe
 
 import json
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,17 +17,18 @@ from megamoe.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-_OPEN_FILES = 64
-"""Files that stay open."""
+_OPEN_FILES = 256
+"""Files that stay open, of the 1024 that a process may have by default."""
 _LENGTH_BYTES = 8
 """A file begins with the length of its header, little-endian, then the header, then the numbers."""
 
 
-class _Opened(NamedTuple):
-    """An open file; `tensors` holds code of the type, first and last byte of each."""
+class _Place(NamedTuple):
+    """Where a tensor is: what the file calls its type, its first byte and the one after its last."""
 
-    handle: FileIO
-    tensors: dict[str, tuple[str, int, int]]
+    code: str
+    begin: int
+    end: int
 
 
 class FileRanges:
@@ -36,6 +37,7 @@ class FileRanges:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._opened = lru_cache(_OPEN_FILES)(self._open)
+        self._places = cache(self._read_header)
 
     def read(self, file: str, key: str, start: int, into: "torch.Tensor") -> None:
         """Fill a contiguous tensor in host memory from element `start` of tensor `key`, row-major.
@@ -44,28 +46,27 @@ class FileRanges:
             CheckpointError: the file cannot be read, or has no such numbers.
         """
         try:
-            handle, tensors = self._opened(file)
-            code, begin, end = tensors[key]
+            code, begin, end = self._places(file)[key]
             first = begin + start * into.itemsize
             if code != DTYPES[dtype_name(into.dtype)].code or first + into.nbytes > end:
                 raise ValueError(f"holds {code}, {end - begin} bytes")
-            _fill(handle.fileno(), into, first)
+            _fill(self._opened(file).fileno(), into, first)
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise CheckpointError(f"{file}: {key}: cannot be read ({error})") from None
 
-    def _open(self, file: str) -> _Opened:
-        handle = FileIO(self._folder / file)
-        length = int.from_bytes(handle.read(_LENGTH_BYTES), "little")
-        header = json.loads(handle.read(min(length, os.fstat(handle.fileno()).st_size)))
+    def _open(self, file: str) -> FileIO:
+        return FileIO(self._folder / file)
+
+    def _read_header(self, file: str) -> dict[str, _Place]:
+        handle = self._opened(file)
+        length = int.from_bytes(os.pread(handle.fileno(), _LENGTH_BYTES, 0), "little")
+        header = os.pread(handle.fileno(), min(length, os.fstat(handle.fileno()).st_size), _LENGTH_BYTES)
         data = _LENGTH_BYTES + length
-        return _Opened(
-            handle,
-            {
-                key: (entry["dtype"], *(data + offset for offset in entry["data_offsets"]))
-                for key, entry in header.items()
-                if key != "__metadata__"
-            },
-        )
+        return {
+            key: _Place(entry["dtype"], *(data + offset for offset in entry["data_offsets"]))
+            for key, entry in json.loads(header).items()
+            if key != "__metadata__"
+        }
 
 
 def _fill(file: int, into: "torch.Tensor", first: int) -> None:
