@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Action = Callable[[], Any]
-When = Literal["step", "log", "start", "checkpoint"]
+When = Literal["layer", "step", "start", "checkpoint"]
 
 MEGAMOE, DEEPSPEED, POLICY = "megamoe", "DeepSpeed and torch", "the policy's arithmetic"
 
@@ -17,8 +17,8 @@ class Quantity:
 
     Attributes:
         name: what is done.
-        when: "step" in each mixture layer of each step, "log" with each line of the log, "start" once,
-            "checkpoint" with each save or load.
+        when: "layer" in each mixture layer of each step, "step" once in it or with a line of the log,
+            "start" once in a run, "checkpoint" with each save or load.
         size: what grows: "T" tokens of a rank, "E" experts of a layer, "R" expert-parallel ranks, "W" ranks,
             or something else in words.
         values: of the size, rising.

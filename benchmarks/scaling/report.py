@@ -17,14 +17,15 @@ REPORT = """\
 # What a rank's own work costs as tokens, experts and ranks grow
 
 {date}, `{command}`, {machine}.{quick}
-CPU time of one rank on one core, median of 3; the other ranks are torch's fake process group. T tokens of a
-rank, E experts of a layer, R expert-parallel ranks, W ranks. Tokens are 64 wide and take 2 experts.
+CPU time of one rank on one core, median of 3, without Python's collection of garbage; the other ranks are
+torch's fake process group. T tokens of a rank, E experts of a layer, R expert-parallel ranks, W ranks. Tokens
+are 64 wide and take 2 experts.
 
 Growth is the exponent of the size over the upper half of its range: of seconds, of functions called, of
 bytes that tensor operations move, and of bytes held at once, whose largest number stands beside it.
 
-The limit is {share:.0%} of a step of `{preset}` for what is done in each of its layers, all together, or with
-a line of the log, and {patience:.0f} s for what is done once. First stands the part of it that the largest
+The limit is {share:.0%} of a step of `{preset}` for what is done in each of its layers, all together, or in
+the step, and {patience:.0f} s for what is done once. First stands the part of it that the largest
 size takes, then the size that takes all of it. The step takes {step:.2f} s on this core for {tokens:,}
 tokens in {layers} mixture layers, and counts as proportional to the tokens.
 
@@ -64,12 +65,12 @@ def parts(quantity: Mapping[str, Any], step: Mapping[str, Any]) -> list[float]:
 
 
 def _allowed(quantity: Mapping[str, Any], value: int, step: Mapping[str, Any]) -> float:
-    """Seconds: in one layer of a step, with one line of the log, or once."""
-    if quantity["when"] not in ("step", "log"):
+    """Seconds: in one layer of a step, in the step, or once."""
+    if quantity["when"] not in ("layer", "step"):
         return PATIENCE
     n_tokens = value if quantity["size"] == "T" else quantity["beside"].get("T", step["tokens"])
     seconds = SHARE * step["seconds"] * n_tokens / step["tokens"]
-    return seconds / step["layers"] if quantity["when"] == "step" else seconds
+    return seconds / step["layers"] if quantity["when"] == "layer" else seconds
 
 
 def _table(section: str, quantities: Sequence[Mapping[str, Any]], step: Mapping[str, Any]) -> str:
@@ -91,24 +92,29 @@ def _row(quantity: Mapping[str, Any], step: Mapping[str, Any]) -> str:
         f"{values[0]:,}, {values[-1]:,}", _beside(quantity), f"{_time(costs[0])}, {_time(costs[-1])}",
         f"{slope:.2f}", verdict(slope), f"{calls:.2f}", f"{moved:.2f}",
         f"{peak:.2f}, {_axis(quantity, 'peak')[-1] / 1e6:.3g} MB", f"{spent[-1]:.2g}",
-        _size(wall(values, spent, 1.0), values),
+        _size(_met(quantity, step), values),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
+def _met(quantity: Mapping[str, Any], step: Mapping[str, Any]) -> float | None:
+    """The size that takes all of the limit. A step grows with its tokens, and its limit with it."""
+    return None if quantity["size"] == "T" else wall(_axis(quantity, "value"), parts(quantity, step), 1.0)
+
+
 def _limits(quantities: Sequence[Mapping[str, Any]], step: Mapping[str, Any]) -> str:
-    """For each size the three quantities whose limits are nearest."""
-    met: dict[str, list[tuple[float, str]]] = {}
+    """For each size, of each owner the three quantities whose limits are nearest."""
+    met: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for quantity in quantities:
-        values = _axis(quantity, "value")
-        limit = wall(values, parts(quantity, step), 1.0)
-        if limit is not None and limit <= FURTHEST * values[-1]:
+        limit = _met(quantity, step)
+        if limit is not None and limit <= FURTHEST * _axis(quantity, "value")[-1]:
             where = f" at {_beside(quantity)}" if quantity["beside"] else ""
-            text = f"{quantity['name']}{where} ({quantity['owner']})"
-            met.setdefault(quantity["size"], []).append((limit, text))
+            met.setdefault((quantity["size"], quantity["owner"]), []).append(
+                (limit, quantity["name"] + where)
+            )
     lines = [
-        f"- {size} = {_rounded(limit)}: {text}"
-        for size, found in met.items()
+        f"- {size} = {_rounded(limit)}: {text} ({owner})"
+        for (size, owner), found in met.items()
         for limit, text in sorted(found)[:3]
     ]
     return "\n".join(lines) or "None within reach."
@@ -124,7 +130,7 @@ def _axis(quantity: Mapping[str, Any], name: str) -> list[float]:
 
 def _size(limit: float | None, values: Sequence[float]) -> str:
     if limit is None:
-        return "never"
+        return "none"
     return _rounded(limit) if limit <= FURTHEST * values[-1] else f"over {_rounded(FURTHEST * values[-1])}"
 
 

@@ -43,22 +43,22 @@ def quantities(sizes: Sizes) -> Iterator[Quantity]:
         owner = {"owner": POLICY} if name in BY_NATURE else {}
         yield from _by_tokens_and_experts(f"route, {name}: {does}", sizes, _routed(name), **owner)
     yield from _by_tokens_and_experts("balance and z-loss", sizes, _losses)
-    yield from _by_tokens_and_experts("health and agreement", sizes, _health, when="log")
+    yield from _by_tokens_and_experts("health and agreement", sizes, _health, when="step")
     yield from _by_tokens_and_experts("one rank: sort choices by expert", sizes, _sorted)
     t, e, r = sizes.n_tokens, sizes.n_experts, sizes.ep_size
     exchange = "all-to-all: plan, gather, bring home"
-    yield Quantity(exchange, "step", "T", sizes.tokens, lambda n: _exchanged(n, e, r), {"E": e, "R": r})
+    yield Quantity(exchange, "layer", "T", sizes.tokens, lambda n: _exchanged(n, e, r), {"E": e, "R": r})
     experts = tuple(n for n in sizes.experts if n >= r)
-    yield Quantity(exchange, "step", "E", experts, lambda n: _exchanged(t, n, r), {"T": t, "R": r})
+    yield Quantity(exchange, "layer", "E", experts, lambda n: _exchanged(t, n, r), {"T": t, "R": r})
     most = max(sizes.ep_sizes)
     yield Quantity(
-        exchange, "step", "R", sizes.ep_sizes, lambda n: _exchanged(t, most, n), {"T": t, "E": most}
+        exchange, "layer", "R", sizes.ep_sizes, lambda n: _exchanged(t, most, n), {"T": t, "E": most}
     )
-    yield Quantity("keys of tokens", "step", "T", sizes.tokens, _keys, {})
+    yield Quantity("keys of tokens", "layer", "T", sizes.tokens, _keys, {})
 
 
 def _by_tokens_and_experts(
-    name: str, sizes: Sizes, at: Callable[[int, int], Any], *, when: Any = "step", **more: Any
+    name: str, sizes: Sizes, at: Callable[[int, int], Any], *, when: Any = "layer", **more: Any
 ) -> Iterator[Quantity]:
     t, e = sizes.n_tokens, sizes.n_experts
     yield Quantity(name, when, "T", sizes.tokens, lambda n: at(n, e), {"E": e}, **more)

@@ -65,7 +65,7 @@ def quantities(sizes: Sizes) -> Iterator[Quantity]:
     yield Quantity("rank 0: judge the roll call", "start", "W", sizes.worlds, _met, {})
     yield Quantity("which part a rank saves", "checkpoint", "W", sizes.engines, _fragments, beside)
     yield Quantity("who holds up a run that hangs", "start", "W", sizes.worlds, _hang, {})
-    yield Quantity("read a rank's batch of the text", "log", "W", sizes.worlds, _batch, {})
+    yield Quantity("read a rank's batch of the text", "step", "W", sizes.worlds, _batch, {})
     yield Quantity("shuffle sentences", "start", "sentences", sizes.sentences, _shuffled, {})
 
 
