@@ -196,7 +196,9 @@ def _remedy(search: Search, chosen: Estimate, best: tuple[Estimate, ...]) -> str
         return f"{settings(best[0])} needs {size(best[0].memory.total)}"
     nodes = _enough_nodes(search, chosen.layout)
     if nodes:
-        return f"no layout of {search.cluster.nodes} nodes fits; --nodes {nodes} does, with as many streams a rank"
+        return (
+            f"no layout of {search.cluster.nodes} nodes fits; --nodes {nodes} does, with as many streams each"
+        )
     return "no number of nodes helps; take a device with more memory, or a shorter model.segment_len"
 
 
