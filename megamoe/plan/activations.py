@@ -191,12 +191,12 @@ class _Sublayers:
         return named + self.choices * rows
 
     def _owned(self) -> float:
-        """Of policies that are a network of their own: what each of their products reads, and dropout."""
+        """Of policies that are a network of their own: hidden units twice, and what is kept of them."""
         load = self.load
         cls = router_class(load.run.moe.router.name)
         products = cls.products(router_options(load.run), layer_spec(load.run), load.tokens) or []
-        read = sum(product.rows * product.columns for product in products if product.columns > self.width)
-        return read * (2 * self.b + (2 if self.model.dropout else 1))
+        hidden = max((product.rows * product.columns for product in products), default=0)
+        return hidden * (2 * self.b + (2 if self.model.dropout else 1))
 
 
 def loss_bytes(load: Workload) -> float:

@@ -171,6 +171,7 @@ UNEVEN = {
     "gshard": "choices beyond capacity and second ones left out at random are counted",
     "switch": "choices beyond capacity are counted",
     "stable": "its first stage is counted",
+    "pkm": "of what its memory keeps for the backward pass, indices and scores are not counted",
     "thor": "one expert gets all tokens of a pass: other ranks wait, which is not counted",
 }
 

@@ -125,8 +125,8 @@ def require_fit(made: Plan) -> None:
         return
     short = chosen.memory.total - chosen.usable
     raise ConfigError(
-        f"memory: a rank needs {size(chosen.memory.total)}, {size(short)} more than tensors may take of the"
-        f" {size(chosen.cluster.device.memory)} of a {chosen.cluster.device.name}; {made.remedy}"
+        f"memory: a rank needs {size(chosen.memory.total)}, {size(short)} more than tensors may take of"
+        f" {chosen.cluster.device.name}'s {size(chosen.cluster.device.memory)}; {made.remedy}"
     )
 
 
@@ -196,7 +196,9 @@ def _remedy(search: Search, chosen: Estimate, best: tuple[Estimate, ...]) -> str
         return f"{settings(best[0])} needs {size(best[0].memory.total)}"
     nodes = _enough_nodes(search, chosen.layout)
     if nodes:
-        return f"no layout of {search.cluster.nodes} nodes fits; --nodes {nodes} does"
+        return (
+            f"no layout of {search.cluster.nodes} nodes fits; --nodes {nodes} does, with as many streams each"
+        )
     return "no number of nodes helps; take a device with more memory, or a shorter model.segment_len"
 
 
