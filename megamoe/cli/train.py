@@ -77,16 +77,25 @@ def read_run(args: argparse.Namespace) -> RunConfig:
     return named(load_config(preset=args.preset, file=args.config, overrides=args.overrides), args.preset)
 
 
-def read_launch_arguments(args: argparse.Namespace) -> "tuple[Mapping[str, Any], Launch]":
-    """The DeepSpeed config that was named, or the default one, and who this process is."""
-    ds = read_file(args.deepspeed_config) if args.deepspeed_config else None
-    if hasattr(args, "local_rank"):
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+def read_deepspeed_config(args: argparse.Namespace) -> Mapping[str, Any]:
+    """The DeepSpeed config that was named, or the default one."""
+    if args.deepspeed_config:
+        return read_file(args.deepspeed_config)
 
     from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG
+
+    return DEFAULT_DS_CONFIG
+
+
+def read_launch_arguments(args: argparse.Namespace) -> "tuple[Mapping[str, Any], Launch]":
+    """The DeepSpeed config, and who this process is."""
+    if hasattr(args, "local_rank"):
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    ds = read_deepspeed_config(args)
+
     from megamoe.parallel.launch import read_launch
 
-    return DEFAULT_DS_CONFIG if ds is None else ds, read_launch()
+    return ds, read_launch()
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from megamoe.models.attention import QUERY_BLOCK
 from megamoe.models.attention_core import MOST_SCORES_AT_ONCE, SCORES_AT_ONCE
 from megamoe.models.cross_entropy import LOGITS_AT_ONCE
 from megamoe.models.embeddings import needs_projections
-from megamoe.moe.mixture import ROW_MULTIPLE, SIXTEEN_BITS
 from megamoe.moe.routers import router_class
 from megamoe.plan.flops import query_key_pairs, scored_clusters
 from megamoe.plan.workload import Workload, layer_spec, router_options
@@ -22,8 +21,8 @@ INDEX = 8
 """Bytes of an index or a key."""
 TABLES = 2
 """[T, E] of a policy: logits, and their softmax or what takes its place."""
-PIECES = 5
-"""Scores, shifted scores, probabilities and two gradients of one piece of attention."""
+PIECES = 3
+"""Of a piece of attention: gradients of probabilities, of scores, and these shifted; two masks more."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Activations:
 
     Attributes:
         kept: at the end of the forward pass of a micro-batch, without what the loss keeps.
-        working: the most that the loss, or the backward pass of one sublayer, needs beside them.
+        working: the most that the loss, or the backward pass of one sublayer, then needs beside what is left.
         scores: of `kept`, probabilities of attention.
     """
 
@@ -42,32 +41,28 @@ class Activations:
 
     @property
     def peak(self) -> int:
-        """When the backward pass begins."""
+        """In the backward pass."""
         return self.kept + self.working
 
 
 def activations(load: Workload) -> Activations:
     """Of a micro-batch under the checkpointing that the run asks for."""
-    sublayers = _Sublayers(load)
-    dense = load.run.model.n_layers - load.mixtures
-    counts = {
-        "attention": (load.run.model.n_layers, sublayers.attention()),
-        "feed_forward": (dense, sublayers.feed_forward()),
-        "mixture": (load.mixtures, sublayers.mixture()),
-    }
-    kept, working, scores = sublayers.ends(), loss_bytes(load), 0
-    for name, (count, whole) in counts.items():
-        if not count:
-            continue
-        staying = whole
-        if load.run.training.activation_checkpointing:
-            staying = sublayers.checkpointed(name)
-        elif name == "attention":
-            scores = count * sublayers.scores()
-        kept += count * staying
-        # Of a checkpointed sublayer all is there again while its gradients are computed.
-        working = max(working, whole - staying + sublayers.gradients(name))
-    return Activations(int(kept), int(working), int(scores))
+    sublayers, mixtures = _Sublayers(load), load.run.moe.layer_indices(load.run.model.n_layers)
+    recomputes = load.run.training.activation_checkpointing
+    names = [
+        name
+        for layer in range(load.run.model.n_layers)
+        for name in ("attention", "mixture" if layer in mixtures else "feed_forward")
+    ]
+    whole = {name: sublayers.kept(name) for name in set(names)}
+    staying = {name: sublayers.checkpointed(name) if recomputes else whole[name] for name in whole}
+    kept = alive = sublayers.ends() + sum(staying[name] for name in names)
+    peak = kept + loss_bytes(load)
+    for name in reversed(names):  # what a sublayer has kept is gone when its gradients are done
+        peak = max(peak, alive + whole[name] - staying[name] + sublayers.gradients(name))
+        alive -= staying[name]
+    scores = 0 if recomputes else load.run.model.n_layers * sublayers.scores()
+    return Activations(int(kept), int(peak - kept), int(scores))
 
 
 def without_checkpointing(load: Workload) -> Activations:
@@ -97,6 +92,11 @@ class _Sublayers:
         self.stream = self.tokens * self.width * self.b
         self.mask = self.tokens * self.width if model.dropout else 0
         self.choices = self.tokens * load.choices
+
+    def kept(self, name: str) -> float:
+        """What a sublayer keeps of which nothing is computed again."""
+        kinds = {"attention": self.attention, "feed_forward": self.feed_forward, "mixture": self.mixture}
+        return kinds[name]()
 
     def ends(self) -> float:
         """Of embedding and output: ids, keys, masks, encodings of distances, what the output layer reads."""
@@ -134,12 +134,9 @@ class _Sublayers:
         return kept + self._routing() + self._experts()
 
     def checkpointed(self, name: str) -> float:
-        """What stays of a sublayer that is computed again: its input, and for attention the memory."""
-        if name == "feed_forward":
+        """What stays of a sublayer that is computed again: its input; its memory is counted elsewhere."""
+        if name != "mixture":
             return self.stream
-        if name == "attention":
-            memory = self.load.batch * self.model.memory_len * self.width * self.b
-            return self.stream + memory
         outside = self._before() + self._after()
         if not self.load.has_experts:
             return outside + self._owned()
@@ -150,19 +147,15 @@ class _Sublayers:
         if name == "attention":
             at_once = SCORES_AT_ONCE["cpu"] if not self.load.on_gpu else MOST_SCORES_AT_ONCE
             most = self.load.batch * self.model.n_heads * QUERY_BLOCK * self.load.context
-            piece = PIECES * min(at_once, most) * self.b
+            pieces = PIECES + (2 if self.model.attention_dropout else 0)
             inner = (3 * self.tokens + 2 * self.rows) * self.inner * self.b
-            return inner + piece + 2 * self.rows * self.width * self.b
+            return inner + pieces * min(at_once, most) * self.b + 2 * self.stream
         if name == "feed_forward":
             return 2 * self.tokens * self.model.d_inner * self.b + 2 * self.stream
-        if self._grouped:
+        if self.load.grouped:
             per_choice = self.width * (self.b + WIDE) + 2 * self.load.run.moe.d_expert * self.b
             return self.choices * per_choice + 2 * self.stream
         return 2 * WIDE * self.tokens * self.width + 2 * self.stream
-
-    @property
-    def _grouped(self) -> bool:
-        return self.load.on_gpu and self.load.layout.dtype in SIXTEEN_BITS
 
     def _statistics(self, rows: float) -> float:
         return 2 * WIDE * rows
@@ -181,19 +174,17 @@ class _Sublayers:
         products = router_class(load.run.moe.router.name).products(
             router_options(load.run), layer_spec(load.run), load.tokens
         )
-        looks = any(product.rows == load.tokens and product.inner == self.width for product in products or ())
-        wide = WIDE * self.tokens * self.width if looks and self.b < WIDE else 0
+        # Each product that looks at the tokens widens them for itself.
+        looks = sum(one.rows == load.tokens and one.inner == self.width for one in products or ())
+        wide = looks * WIDE * self.tokens * self.width if self.b < WIDE else 0
         tables = TABLES * WIDE * self.tokens * load.run.moe.n_experts if looks else 0
         return wide + tables + (INDEX + WIDE) * self.choices
 
     def _experts(self) -> float:
         """Order, token, expert and key of each choice, its weight and its hidden units."""
         moe, named = self.load.run.moe, (4 * INDEX + WIDE) * self.choices
-        if not self._grouped:
-            padding = 0.0
-            if self.load.layout.dtype in SIXTEEN_BITS:
-                padding = self.load.local_experts * (ROW_MULTIPLE - 1) / 2
-            return named + (self.choices + padding) * moe.d_expert * self.b
+        if not self.load.grouped:
+            return named + (self.choices + self.load.row_padding) * moe.d_expert * self.b
         # Rows that grouped products read, and that are summed, in fp32; what ReLU and what dropout leave.
         hidden = moe.d_expert * (2 * self.b + (1 if self.model.dropout else 0))
         rows = self.width * (self.b + WIDE) + hidden + self.load.local_experts * self.b
@@ -209,14 +200,18 @@ class _Sublayers:
 
 
 def loss_bytes(load: Workload) -> float:
-    """What the loss keeps and works in: logits in fp32 and their gradients, of all tokens or of some."""
+    """What the loss keeps and works in: logits in fp32 and their gradients, of all tokens or of some.
+
+    Where they are made for some tokens at a time, those of the part before are still there.
+    """
     most = 0.0
+    narrow = load.itemsize if load.itemsize < WIDE else 0
     for rows, width, symbols in scored_clusters(load):
         if rows * symbols <= LOGITS_AT_ONCE:
-            most = max(most, rows * symbols * (3 * WIDE + load.itemsize))
+            most = max(most, rows * symbols * (3 * WIDE + narrow))
         else:
-            weights = symbols * width * (WIDE + 2 * load.itemsize)
-            most = max(most, LOGITS_AT_ONCE * (2 * WIDE + load.itemsize) + weights)
+            gradients = symbols * width * WIDE
+            most = max(most, 2 * LOGITS_AT_ONCE * (WIDE + narrow) + gradients)
     if needs_projections(load.run.model):
         most += load.tokens * load.run.model.d_model * load.itemsize
     return most

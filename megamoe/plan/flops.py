@@ -11,7 +11,6 @@ from megamoe.errors import ConfigError
 from megamoe.models.attention import QUERY_BLOCK
 from megamoe.models.cross_entropy import LOGITS_AT_ONCE
 from megamoe.models.embeddings import needs_projections, vocabulary_clusters, vocabulary_tables
-from megamoe.moe.mixture import ROW_MULTIPLE, SIXTEEN_BITS
 from megamoe.moe.products import Product
 from megamoe.moe.routers import router_class
 from megamoe.plan.vocabulary import cluster_shares
@@ -150,13 +149,11 @@ def _policy(load: Workload) -> list[Product]:
 
 
 def _experts(load: Workload) -> Work:
-    """Both layers of each chosen expert. Biases have products of their own: on GPUs one-hot ones."""
+    """Both layers of each chosen expert. Biases have products of their own: one-hot ones if grouped."""
     width, hidden, local = load.run.model.d_model, load.run.moe.d_expert, load.local_experts
-    rows = load.tokens * load.choices
-    if not load.on_gpu and load.layout.dtype in SIXTEEN_BITS:
-        rows += local * (ROW_MULTIPLE - 1) / 2  # what rounding up adds in the mean
+    rows = load.tokens * load.choices + load.row_padding
     products = [Product(rows, width, hidden), Product(rows, hidden, width)]
-    if load.on_gpu and load.layout.dtype in SIXTEEN_BITS:
+    if load.grouped:
         products += [Product(rows, local, hidden, gradients=1), Product(rows, local, width, gradients=1)]
         return _work(products, _all_repeated(load, products))
     forward, backward, repeated = _work(products, _all_repeated(load, products))

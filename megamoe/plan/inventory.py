@@ -7,7 +7,6 @@ from functools import lru_cache
 import torch
 
 from megamoe.config.schema import RunConfig
-from megamoe.errors import ConfigError
 from megamoe.models.parameter_counts import ParameterCounts, parameter_counts
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.parallel.ds_config import Layout
@@ -94,13 +93,7 @@ class Inventory:
 
 
 def inventory(run: RunConfig) -> Inventory:
-    """Of the language model of `run`, whose vocabulary is known.
-
-    Raises:
-        ConfigError: the run is not of a language model.
-    """
-    if run.task.name:
-        raise ConfigError(f"task.name = {run.task.name!r}: only language models are planned; leave it out")
+    """Of the language model of `run`, whose vocabulary is known."""
     with torch.device("meta"):
         model = TransformerXL(run.model, run.moe, seed=run.training.seed)
     groups = tuple(

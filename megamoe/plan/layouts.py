@@ -29,11 +29,13 @@ class Plan:
         chosen: the layout that its configs describe.
         best: the fastest of those that fit, the fastest first; the chosen one may be among them.
         largest_micro_batch: streams of a micro-batch with which the chosen layout still fits; 0 if none does.
+        remedy: what would make the chosen layout fit; empty if it does.
     """
 
     chosen: Estimate
     best: tuple[Estimate, ...]
     largest_micro_batch: int
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,16 @@ def plan(run: RunConfig, ds: Mapping[str, Any], cluster: Cluster, efficiency: fl
     Raises:
         ConfigError: the configs contradict each other or the cluster, or something cannot be foreseen.
     """
+    if run.task.name:
+        raise ConfigError(f"task.name = {run.task.name!r}: only language models are planned; leave it out")
     run = with_known_vocabulary(run)
     resolved = resolve_ds_config(run, ds, cluster.ranks, cluster.device.abilities)
     layout = layout_of(run, resolved, cluster.ranks)
     search = Search(run, cluster, resolved, inventory(run), efficiency)
     chosen = search.estimate(layout, run.training.activation_checkpointing)
-    return Plan(chosen, tuple(best_layouts(search, layout)), largest_micro_batch(search, chosen))
+    best = tuple(best_layouts(search, layout))
+    remedy = "" if chosen.fits else _remedy(search, chosen, best)
+    return Plan(chosen, best, largest_micro_batch(search, chosen), remedy)
 
 
 def best_layouts(search: Search, like: Layout) -> list[Estimate]:
@@ -120,7 +126,7 @@ def require_fit(made: Plan) -> None:
     short = chosen.memory.total - chosen.usable
     raise ConfigError(
         f"memory: a rank needs {size(chosen.memory.total)}, {size(short)} more than tensors may take of the"
-        f" {size(chosen.cluster.device.memory)} of a {chosen.cluster.device.name}; {_remedy(made)}"
+        f" {size(chosen.cluster.device.memory)} of a {chosen.cluster.device.name}; {made.remedy}"
     )
 
 
@@ -184,26 +190,25 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _remedy(made: Plan) -> str:
-    """What would make the plan fit: another layout of the same nodes, or more of them."""
-    if made.best:
-        return f"{settings(made.best[0])} needs {size(made.best[0].memory.total)}"
-    chosen = made.chosen
-    nodes = _enough_nodes(chosen)
+def _remedy(search: Search, chosen: Estimate, best: tuple[Estimate, ...]) -> str:
+    """What would make it fit: another layout of the same nodes, or more of them."""
+    if best:
+        return f"{settings(best[0])} needs {size(best[0].memory.total)}"
+    nodes = _enough_nodes(search, chosen.layout)
     if nodes:
-        return f"no layout of {chosen.cluster.nodes} nodes fits; --nodes {nodes} does"
+        return f"no layout of {search.cluster.nodes} nodes fits; --nodes {nodes} does"
     return "no number of nodes helps; take a device with more memory, or a shorter model.segment_len"
 
 
-def _enough_nodes(chosen: Estimate) -> int:
+def _enough_nodes(search: Search, like: Layout) -> int:
     """The fewest nodes, by doubling, on which a layout with as many streams for a rank fits; 0: none."""
-    known, nodes = inventory(chosen.run), chosen.cluster.nodes
+    run, nodes = search.run, search.cluster.nodes
     while nodes < MOST_NODES:
         nodes *= 2
-        batch = chosen.run.training.batch_size * nodes // chosen.cluster.nodes
-        run = replace(chosen.run, training=replace(chosen.run.training, batch_size=batch))
-        cluster = replace(chosen.cluster, nodes=nodes)
-        layout = replace(chosen.layout, world_size=cluster.ranks)
-        if best_layouts(Search(run, cluster, {}, known, None), layout):
+        batch = run.training.batch_size * nodes // search.cluster.nodes
+        grown = replace(run, training=replace(run.training, batch_size=batch))
+        cluster = replace(search.cluster, nodes=nodes)
+        there = replace(search, run=grown, cluster=cluster)
+        if best_layouts(there, replace(like, world_size=cluster.ranks)):
             return nodes
     return 0

@@ -3,11 +3,11 @@
     products      operations / (efficiency * peak of their type), or reading experts' weights if that is more
     element-wise  bytes read and written / bandwidth
     update        bytes of gradients and states / bandwidth
+    host          number of kernels * what starting one takes, if that is more than the three above
     exchange      calls * latency + max(bytes / fast link, bytes / slow link), both networks at once
 
 The sum of all is a step: nothing here overlaps unless `overlap_comm` is set, with which reducing gradients
-runs beside the backward pass. All-to-all is waited for by what computes its rows. Time in which Python starts
-kernels is not in it; it shows where batches are small.
+runs beside the backward pass. All-to-all is waited for by what computes its rows.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from megamoe.plan.activations import Activations, without_checkpointing
 from megamoe.plan.devices import Accelerator, Cluster
 from megamoe.plan.flops import FP32_ROOM, Flops
 from megamoe.plan.inventory import Inventory
+from megamoe.plan.launches import launches
 from megamoe.plan.memory import FP32_BYTES, MOMENT_BYTES
 from megamoe.plan.traffic import Moved, Traffic
 from megamoe.plan.workload import Workload
@@ -30,6 +31,8 @@ OTHER_ACCESSES = 6
 """The same of other numbers that are kept, with their gradients and what is not kept. Assumed."""
 FAST_LATENCY, SLOW_LATENCY = 20e-6, 50e-6
 """Seconds of a collective before its first byte, within a node and among nodes. Assumed."""
+SECONDS_PER_LAUNCH = 5e-6
+"""From Python to a kernel. Assumed."""
 SECONDS_PER_DAY = 86400
 
 
@@ -39,6 +42,7 @@ class Time:
 
     Attributes:
         products, elementwise, update: of computing.
+        host: by which starting kernels takes longer than computing.
         all_to_all, reduction, gather: of communication; `reduction` without what is hidden.
         hidden: of the reduction, beside the backward pass.
         peak_share: operations of the model, without repeated ones, over what the device could do in a step.
@@ -47,6 +51,7 @@ class Time:
     products: float
     elementwise: float
     update: float
+    host: float
     all_to_all: float
     reduction: float
     gather: float
@@ -56,7 +61,7 @@ class Time:
     @property
     def compute(self) -> float:
         """Without communication."""
-        return self.products + self.elementwise + self.update
+        return self.products + self.elementwise + self.update + self.host
 
     @property
     def exposed(self) -> float:
@@ -87,9 +92,11 @@ def step_time(
         # Beside the backward pass, two thirds of a micro-batch; before stage 2 only that of the last one.
         passes = layout.accumulation if layout.zero_stage >= 2 else 1
         hidden = min(reduction, 2 / 3 * (products + elementwise) * passes / layout.accumulation)
+    update = _update_bytes(load, inventory) / device.bandwidth
+    starting = SECONDS_PER_LAUNCH * launches(load, inventory)
     times = {
-        "products": products, "elementwise": elementwise,
-        "update": _update_bytes(load, inventory) / device.bandwidth,
+        "products": products, "elementwise": elementwise, "update": update,
+        "host": max(0.0, starting - products - elementwise - update),
         "all_to_all": _seconds(moved.all_to_all, device),
         "reduction": reduction - hidden, "gather": _seconds(moved.all_gather, device),
     }  # fmt: skip

@@ -18,6 +18,14 @@ def flop_rate(per_second: float) -> str:
     return f"{per_second / 1e12:,.1f} TFLOP/s" if per_second >= 1e12 else f"{per_second / 1e9:,.0f} GFLOP/s"
 
 
+def operations(count: float) -> str:
+    """As "1.23 TFLOP", down to MFLOP."""
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
+
+
 def numbers(count: float) -> str:
     """As "1.23 B", in billions, millions and thousands."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

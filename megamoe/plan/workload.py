@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megamoe.config.schema import MoEConfig, RunConfig
+from megamoe.moe.mixture import ROW_MULTIPLE, SIXTEEN_BITS
 from megamoe.moe.routers import resolve_options, router_class
 from megamoe.moe.routing import LayerSpec
 from megamoe.moe.schedules import top_k_at
@@ -26,7 +29,7 @@ class Workload:
     Attributes:
         run: its vocabulary is known.
         layout: of the ranks.
-        on_gpu: experts are computed by grouped products and memory is not as on a CPU.
+        on_gpu: not on a CPU, where pieces are small and rows of experts are rounded up.
         top_k: K that is in force.
         batch: B, times two for policies that read each sequence twice.
         choices: experts that a token goes to in one layer, in the mean if routing is as foreseen.
@@ -65,6 +68,18 @@ class Workload:
     def has_experts(self) -> bool:
         """Whether tokens go to experts at all."""
         return self.mixtures > 0 and not router_class(self.run.moe.router.name).owns_feed_forward
+
+    @property
+    def grouped(self) -> bool:
+        """Whether experts are computed in one kernel, as `megamoe.moe.experts.choose_path` has it."""
+        aligned = self.run.moe.d_expert % 8 == self.run.model.d_model % 8 == 0
+        return self.on_gpu and self.layout.dtype == torch.bfloat16 and aligned
+
+    @property
+    def row_padding(self) -> float:
+        """Rows by which the choices of all local experts of a layer are rounded up, in the mean."""
+        rounds = not self.on_gpu and self.layout.dtype in SIXTEEN_BITS
+        return self.local_experts * (ROW_MULTIPLE - 1) / 2 if rounds else 0.0
 
     @property
     def local_experts(self) -> int:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from megamoe.plan.units import flop_rate, size, speed
 from megamoe.training.preflight.facts import Facts
 from megamoe.training.preflight.needs import Needs
-from megamoe.plan.units import flop_rate, size, speed
 
 SLOW = 0.5
 """A node below this part of the median is named."""

@@ -4,24 +4,14 @@ P parameters are trained, P_x of them in experts, over W ranks, R of which share
 has b bytes in the layout's dtype. T tokens and K experts per token go through each of A micro-batches.
 """
 
-import math
 from dataclasses import dataclass
 
-import torch
-
 from megamoe.config.schema import RunConfig
-from megamoe.models.transformer_xl import TransformerXL
-from megamoe.moe.routers import router_class
 from megamoe.parallel.ds_config import Layout
-from megamoe.training.banner import ParameterCounts, count_parameters
-
-FP32_BYTES = 4
-MOMENT_BYTES = 8
-"""Adam's two."""
-KEY_BYTES = 8
-"""What names a token to the ranks that draw its dropout."""
-WEIGHT_BYTES, CODE_BYTES = 4, 8
-"""Of a choice: its weight, which has a gradient, and what says of which token and expert it is."""
+from megamoe.plan.inventory import Inventory, inventory
+from megamoe.plan.memory import FP32_BYTES, MOMENT_BYTES, checkpoint_bytes, states_of
+from megamoe.plan.traffic import choice_bytes, row_bytes
+from megamoe.plan.workload import Workload, largest_top_k, workload
 
 
 @dataclass(frozen=True)
@@ -39,9 +29,9 @@ class Needs:
             ranks in the mean, if routing is even: R (1 - binom(E - E/R, K) / binom(E, K)).
         all_to_all_message: b T C D.
         flops: floating-point operations per step, 6 for each active trained parameter and token.
-        memory: where tensors compute: weights and gradients b each, Adam's moments 8, fp32 masters 4 where
-            b < 4, divided as the ZeRO stage says; frozen numbers 4. From below: activations, the memory of
-            Transformer-XL (in evaluation one for each k) and DeepSpeed's buckets come on top.
+        memory: where tensors compute: weights and gradients b each, Adam's moments 8, from stage 1 on fp32
+            masters 4, divided as the ZeRO stage says; frozen numbers 4. From below: activations, the memory
+            of Transformer-XL (in evaluation one for each k) and DeepSpeed's buckets come on top.
         host_memory: of the node, beside that: a checkpoint's copy while it is written, offloaded states.
         checkpoint: one checkpoint of all ranks: 12 P, 4 for each frozen number, and the model's memory.
     """
@@ -61,85 +51,47 @@ def needs_of(run: RunConfig, layout: Layout, *, offloads: bool = False) -> Needs
     Args:
         offloads: optimizer states live in host memory.
     """
-    with torch.device("meta"):
-        counts = count_parameters(TransformerXL(run.model, run.moe, seed=run.training.seed))
-    top_k = _experts_per_token(run)
-    tokens = layout.micro_batch_size * run.model.segment_len
-    copies = tokens * _ranks_per_token(run.moe.n_experts, top_k, layout.ep_size)
-    message = int(copies * run.model.d_model * layout.dtype.itemsize) if layout.ep_size > 1 else 0
-    memory, host_memory = _memory(run, layout, counts, offloads=offloads)
+    known = inventory(run)
+    load = workload(run, layout, on_gpu=False, top_k=largest_top_k(run))
+    states = states_of(known, layout, offloads=offloads)
+    copy = _held_for_checkpoint(known, layout) if run.checkpoint.async_write else 0
+    active = known.counts.active(load.choices, run.moe.n_experts)
     return Needs(
-        all_reduce=int(_shared(counts, layout) * layout.dtype.itemsize * _reductions(layout)),
-        all_to_all=_all_to_all(run, layout, message, copies, tokens * top_k),
-        all_to_all_message=message,
-        flops=6.0 * counts.active(top_k, run.moe.n_experts) * tokens * layout.accumulation,
-        memory=memory,
-        host_memory=host_memory,
-        checkpoint=_checkpoint(run, layout, counts),
+        all_reduce=int(_shared(known, layout) * layout.dtype.itemsize * _reductions(layout)),
+        all_to_all=_all_to_all(load),
+        all_to_all_message=_message(load),
+        flops=6.0 * active * load.tokens * layout.accumulation,
+        memory=states.weights + states.gradients + states.optimizer + states.frozen,
+        host_memory=states.host + copy,
+        checkpoint=checkpoint_bytes(run, known, layout),
     )
-
-
-def _experts_per_token(run: RunConfig) -> int:
-    """The most that any step uses."""
-    schedule = run.moe.schedule
-    top_k = run.moe.top_k if schedule.mode == "constant" else schedule.max_k
-    return router_class(run.moe.router.name).experts_per_token(top_k, run.moe.n_experts)
 
 
 def _reductions(layout: Layout) -> float:
     """What reducing the gradients of a step moves, in all-reduces."""
-    if layout.world_size == 1:
-        return 0
     if layout.zero_stage == 3:
         return 1.5 * layout.accumulation
     return (layout.accumulation + 1) / 2 if layout.zero_stage == 2 else 1
 
 
-def _ranks_per_token(n_experts: int, top_k: int, n_ranks: int) -> float:
-    """How many of `n_ranks` own one of `top_k` experts, of which all are equally likely."""
-    elsewhere = math.comb(n_experts - n_experts // n_ranks, top_k)
-    return n_ranks * (1 - elsewhere / math.comb(n_experts, top_k))
+def _shared(known: Inventory, layout: Layout) -> int:
+    """Numbers that this rank and others compute with."""
+    return sum(share.held for share in known.shares(layout) if share.ranks > 1)
 
 
-def _all_to_all(run: RunConfig, layout: Layout, message: int, copies: float, choices: int) -> int:
-    if layout.ep_size == 1:
+def _message(load: Workload) -> int:
+    """Bytes of the rows that one exchange sends."""
+    if load.layout.ep_size == 1 or not load.has_experts:
         return 0
-    forwards = 2 if run.training.activation_checkpointing else 1
-    keys = KEY_BYTES * copies if run.model.dropout > 0 else 0
-    exchanges = len(run.moe.layer_indices(run.model.n_layers)) * layout.accumulation
-    named = choices * ((WEIGHT_BYTES + CODE_BYTES) * forwards + WEIGHT_BYTES)
-    return exchanges * int(2 * message * (forwards + 1) + named + keys * forwards)
+    return int(load.tokens * load.copies * load.run.model.d_model * load.itemsize)
 
 
-def _held(counts: ParameterCounts, layout: Layout) -> int:
-    """Trained parameters that one rank computes with."""
-    return counts.trainable - counts.experts + counts.experts // layout.ep_size
+def _all_to_all(load: Workload) -> int:
+    if load.layout.ep_size == 1 or not load.has_experts:
+        return 0
+    return load.mixtures * load.layout.accumulation * int(row_bytes(load) + choice_bytes(load))
 
 
-def _shared(counts: ParameterCounts, layout: Layout) -> int:
-    """Of these, the ones that other ranks compute with, too."""
-    alone = counts.experts // layout.ep_size if layout.ep_size == layout.world_size else 0
-    return _held(counts, layout) - alone
-
-
-def _memory(
-    run: RunConfig, layout: Layout, counts: ParameterCounts, *, offloads: bool
-) -> tuple[int, int]:  # fmt: skip
-    """Bytes where tensors compute, and in host memory."""
-    held, size, stage = _held(counts, layout), layout.dtype.itemsize, layout.zero_stage
-    # The ranks that hold the same parameters divide them; over all sets of experts, that is P / W each.
-    share = -(-counts.trainable // layout.world_size)
-    weights = size * (share if stage == 3 else held) + FP32_BYTES * counts.frozen
-    gradients = size * (share if stage >= 2 else held)
-    masters = FP32_BYTES if size < FP32_BYTES else 0
-    states = (MOMENT_BYTES + masters) * (share if stage >= 1 else held)
-    copy = (FP32_BYTES + MOMENT_BYTES) * share if run.checkpoint.async_write else 0
-    device = weights + gradients + (0 if offloads else states)
-    return device, copy + (states if offloads else 0)
-
-
-def _checkpoint(run: RunConfig, layout: Layout, counts: ParameterCounts) -> int:
-    model = run.model
-    memory = model.n_layers * run.training.batch_size * model.memory_len * model.d_model
-    trained = (FP32_BYTES + MOMENT_BYTES) * counts.trainable
-    return trained + FP32_BYTES * counts.frozen + memory * layout.dtype.itemsize
+def _held_for_checkpoint(known: Inventory, layout: Layout) -> int:
+    """The copy that is written: masters and moments of this rank's share."""
+    return (FP32_BYTES + MOMENT_BYTES) * sum(share.partition for share in known.shares(layout))

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from rich import box
 from rich.table import Table
 
+from megamoe.plan.units import flop_rate, size, speed
 from megamoe.training.preflight.facts import Facts
 from megamoe.training.preflight.judge import Finding, Speeds
 from megamoe.training.preflight.needs import Needs
-from megamoe.plan.units import flop_rate, size, speed
 from megamoe.training.terminal import open_terminal
 
 
