@@ -78,7 +78,7 @@ def measure(sizes: Sizes, say: Callable[[str], None]) -> Iterator[Row]:
             yield from account_rows(case, accounts)
     for case in sizes.peaks:
         say(f"memory of {case.shape.name}, {case.dtype}")
-        yield from peak_rows(case, peak.peak_of(case), peak.peak_of(case, keeps_freed=True), peak.saved(case))
+        yield from peak_rows(case, peak.peak_of(case), peak.saved(case))
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """Memory of the forward and backward pass of a training run, as the kernel counts it.
 
 Each run has a process of its own, in which freed memory goes back to the kernel at once: every tensor of
-64 KB and more is a mapping of its own. What is resident is then what is alive, to the page, and repeats;
-under the setting that runs choose for speed (docs/deepspeed.md) it also counts what was freed and is kept.
+64 KB and more is a mapping of its own. What is resident is then what is alive, to the page, and repeats.
+Under the setting that runs choose for speed (docs/deepspeed.md) it would also be what was freed and is kept.
 """
 
 import gc
@@ -25,7 +25,6 @@ from megamoe.training.trainer import Trainer
 from tests.ranks import run_ranks
 
 STEPS = 3
-THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 PATIENCE_SECONDS = 1800.0
 
 
@@ -78,13 +77,9 @@ def peak_here(case: Case) -> Peak:
     return trainer.peak()
 
 
-def peak_of(case: Case, *, keeps_freed: bool = False) -> Peak:
-    """In a fresh process.
-
-    Args:
-        keeps_freed: freed memory is kept for the next step, as runs do it.
-    """
-    with patch.dict(os.environ, {} if keeps_freed else {THRESHOLD: str(1 << 16)}):  # read at its start
+def peak_of(case: Case) -> Peak:
+    """In a fresh process."""
+    with patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}):  # glibc reads it at the start
         result: Peak = run_ranks(peak_here, 1, case, timeout=PATIENCE_SECONDS)[0]
     return result
 

@@ -97,17 +97,10 @@ def _sent(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[R
         yield Row(SENT, case.name, quantity, measured, predicted)
 
 
-def peak_rows(case: Case, returned: Peak, kept: Peak, saved: int) -> Iterator[Row]:
-    """Activations of a run.
-
-    Args:
-        returned: with freed memory given back.
-        kept: with freed memory kept.
-        saved: bytes that autograd keeps.
-    """
+def peak_rows(case: Case, peak: Peak, saved: int) -> Iterator[Row]:
+    """Activations of a run; `saved` are bytes that autograd keeps."""
     name = f"{case.shape.name}, {case.dtype}"
-    yield Row(ACTIVATIONS, name, "most", returned.peak, plan_of(case).memory.activations)
+    yield Row(ACTIVATIONS, name, "most", peak.peak, plan_of(case).memory.activations)
+    yield Row(ACTIVATIONS, name, "when the backward pass begins", peak.kept)
     if not case.run().training.activation_checkpointing:  # autograd is not told what that keeps
         yield Row(ACTIVATIONS, name, "kept by autograd", saved)
-    yield Row(ACTIVATIONS, name, "when the backward pass begins", returned.kept)
-    yield Row(ACTIVATIONS, name, "most, freed memory kept", kept.peak)

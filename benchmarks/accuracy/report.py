@@ -42,8 +42,7 @@ Counted where torch hands its collectives to the network: an all-reduce over n r
     FLOPS: "By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward.",
     ACTIVATIONS: """\
 Most resident memory of forward and backward pass above what the process held before: in a process of its
-own, after warm-up, median of {peak_steps} steps. Freed memory goes back to the kernel at once; in the last
-column it is kept for the next step, as runs do it on CPUs.""",
+own, after warm-up, median of {peak_steps} steps; freed memory goes back to the kernel at once.""",
     PARAMETERS: "Built; all, frozen ones and those in experts are compared. Sums are over presets.",
 }
 

@@ -18,4 +18,6 @@ def normal(
     shape: tuple[int, ...], std: float, seed: int, *labels: str | int, mean: float = 0.0
 ) -> torch.Tensor:
     """fp32 draws of N(mean, std^2) for the tensor that `labels` name."""
+    if torch.get_default_device().type == "meta":  # a model is counted, and there is nothing to draw
+        return torch.empty(shape)
     return torch.randn(shape, generator=generator(seed, *labels)).mul_(std).add_(mean)

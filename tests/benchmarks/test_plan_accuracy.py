@@ -58,7 +58,7 @@ def test_what_two_ranks_send_is_counted() -> None:
 
 def test_rows_are_judged_by_the_bound_of_their_claim() -> None:
     rows = [
-        Row(FLOPS, "a", "x", 100, 100.9), Row(FLOPS, "a", "y", 100, 98), Row(FLOPS, "b", "x", 100),
+        Row(FLOPS, "a", "x", 1000, 1009), Row(FLOPS, "a", "y", 100, 98), Row(FLOPS, "b", "x", 100),
         Row(PARAMETERS, "a", "n", 7, 7), Row(PARAMETERS, "b", "n", 0, 1), Row(PARAMETERS, "c", "n", 0, 0),
     ]  # fmt: skip
     assert [row.verdict for row in rows] == [MET, MISSED, NOT_PROMISED, MET, MISSED, MET]
@@ -67,7 +67,7 @@ def test_rows_are_judged_by_the_bound_of_their_claim() -> None:
         "| FLOPs of a step | 1 % | 2 | 2 %: y, a | MISSED by 1 |",
     ]
     assert table(rows[:3]).splitlines() == [
-        "| | x | y |", "|---|---|---|", "| a | 100 (+0.9 %) | 100 (**-2.0 %**) |", "| b | 100 |  |",
+        "| | x | y |", "|---|---|---|", "| a | 1,000 (+0.9 %) | 100 (**-2.0 %**) |", "| b | 100 |  |",
     ]  # fmt: skip
 
 
