@@ -197,8 +197,8 @@ class _Sublayers:
 def kept_per_choice(load: Workload) -> float:
     """Order, token, expert and key of a choice, its weight, its hidden units, and if grouped its rows.
 
-    These are the rows that grouped products read, and those that are summed, in fp32; and hidden units as ReLU
-    and as dropout leave them.
+    These are the rows that grouped products read, and those that are summed, in fp32; hidden units are there
+    as ReLU and as dropout leave them.
     """
     moe, b = load.run.moe, load.itemsize
     named = 4 * INDEX + WIDE

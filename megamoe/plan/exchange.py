@@ -18,7 +18,7 @@ def balanced_exchange(load: Workload) -> int:
 
 
 def worst_exchange(load: Workload) -> int:
-    """The same if all tokens choose experts of this rank, and what these keep of the choices that are more."""
+    """The same if all tokens choose experts of this rank, and what these keep of more choices."""
     everything = load.tokens * load.layout.ep_size
     chosen = everything * min(load.choices, load.local_experts)
     more = max(0.0, chosen - load.tokens * load.choices)
