@@ -181,14 +181,9 @@ class _Sublayers:
         return wide + tables + (INDEX + WIDE) * self.choices
 
     def _experts(self) -> float:
-        """Order, token, expert and key of each choice, its weight and its hidden units."""
-        moe, named = self.load.run.moe, (4 * INDEX + WIDE) * self.choices
-        if not self.load.grouped:
-            return named + (self.choices + self.load.row_padding) * moe.d_expert * self.b
-        # Rows that grouped products read, and that are summed, in fp32; what ReLU and what dropout leave.
-        hidden = moe.d_expert * (2 * self.b + (1 if self.model.dropout else 0))
-        rows = self.width * (self.b + WIDE) + hidden + self.load.local_experts * self.b
-        return named + self.choices * rows
+        """What all choices keep, and rows of padding."""
+        padding = self.load.row_padding * self.load.run.moe.d_expert * self.b
+        return self.choices * kept_per_choice(self.load) + padding
 
     def _owned(self) -> float:
         """Of policies that are a network of their own: hidden units twice, and what is kept of them."""
@@ -197,6 +192,20 @@ class _Sublayers:
         products = cls.products(router_options(load.run), layer_spec(load.run), load.tokens) or []
         hidden = max((product.rows * product.columns for product in products), default=0)
         return hidden * (2 * self.b + (2 if self.model.dropout else 1))
+
+
+def kept_per_choice(load: Workload) -> float:
+    """Order, token, expert and key of a choice, its weight, its hidden units, and if grouped its rows.
+
+    These are the rows that grouped products read, and those that are summed, in fp32; hidden units are there
+    as ReLU and as dropout leave them.
+    """
+    moe, b = load.run.moe, load.itemsize
+    named = 4 * INDEX + WIDE
+    if not load.grouped:
+        return named + moe.d_expert * b
+    hidden = moe.d_expert * (2 * b + (1 if load.run.model.dropout else 0))
+    return named + load.run.model.d_model * (b + WIDE) + hidden + load.local_experts * b
 
 
 def loss_bytes(load: Workload) -> float:
