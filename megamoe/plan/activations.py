@@ -13,7 +13,7 @@ from megamoe.models.cross_entropy import LOGITS_AT_ONCE
 from megamoe.models.embeddings import needs_projections
 from megamoe.moe.routers import router_class
 from megamoe.plan.flops import query_key_pairs, scored_clusters
-from megamoe.plan.workload import Workload, layer_spec, router_options
+from megamoe.plan.workload import Workload, checkpointing, layer_spec, router_options
 
 WIDE = 4
 """Bytes of fp32, in which routing, sums and losses are computed."""
@@ -67,17 +67,12 @@ def activations(load: Workload) -> Activations:
 
 def without_checkpointing(load: Workload) -> Activations:
     """What the same micro-batch keeps if nothing is computed again."""
-    return activations(_checkpointing(load, False))
+    return activations(replace(load, run=checkpointing(load.run, False)))
 
 
 def with_checkpointing(load: Workload) -> Activations:
     """What it keeps if attention, dense networks and experts are computed again."""
-    return activations(_checkpointing(load, True))
-
-
-def _checkpointing(load: Workload, enabled: bool) -> Workload:
-    training = replace(load.run.training, activation_checkpointing=enabled)
-    return replace(load, run=replace(load.run, training=training))
+    return activations(replace(load, run=checkpointing(load.run, True)))
 
 
 class _Sublayers:

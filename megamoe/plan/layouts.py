@@ -10,11 +10,11 @@ from megamoe.errors import ConfigError
 from megamoe.moe.routers import router_class
 from megamoe.parallel.ds_config import Layout, layout_of, resolve_ds_config
 from megamoe.plan.devices import Cluster
-from megamoe.plan.estimate import Estimate, checkpointing, estimate
+from megamoe.plan.estimate import Estimate, estimate
 from megamoe.plan.inventory import Inventory, inventory
 from megamoe.plan.units import seconds, size
 from megamoe.plan.vocabulary import with_known_vocabulary
-from megamoe.plan.workload import largest_top_k
+from megamoe.plan.workload import checkpointing, largest_top_k
 
 N_BEST = 3
 STAGES = (1, 2)

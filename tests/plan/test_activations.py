@@ -9,7 +9,8 @@ from benchmarks.side_by_side.space import saved_bytes
 from megamoe.config import RunConfig
 from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe.routers import available
-from megamoe.plan.estimate import checkpointing, estimate
+from megamoe.plan.estimate import estimate
+from megamoe.plan.workload import checkpointing
 from tests.plan.runs import ALONE, one_rank, small_run
 
 SIZES: list[dict[str, Any]] = [

@@ -10,10 +10,11 @@ from megamoe.config import load_config
 from megamoe.errors import ConfigError
 from megamoe.parallel.ds_config import DEFAULT_DS_CONFIG, Layout
 from megamoe.plan.devices import GPUS, Cluster, accelerator
-from megamoe.plan.estimate import checkpointing, estimate
+from megamoe.plan.estimate import estimate
 from megamoe.plan.inventory import inventory
 from megamoe.plan.layouts import Plan, plan, require_fit
 from megamoe.plan.scaling import scaling
+from megamoe.plan.workload import checkpointing
 from tests.plan.runs import CPU, small_run
 
 H100 = GPUS["h100"]
