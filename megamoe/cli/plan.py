@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     config = read_run(args)
     if args.efficiency is not None and not 0 < args.efficiency <= 1:
         raise ConfigError(f"--efficiency = {args.efficiency}: give a share of the peak, above 0 and up to 1")
+    if args.plot and not args.plot.absolute().parent.is_dir():
+        raise ConfigError(f"--plot = {str(args.plot)!r}: there is no such folder; make it first")
     nodes = _numbers(args.scaling)
     ds = read_deepspeed_config(args)
 

@@ -13,7 +13,7 @@ from megamoe.models.cross_entropy import LOGITS_AT_ONCE
 from megamoe.models.embeddings import needs_projections
 from megamoe.moe.routers import router_class
 from megamoe.plan.flops import query_key_pairs, scored_clusters
-from megamoe.plan.workload import Workload, layer_spec, router_options
+from megamoe.plan.workload import Workload, checkpointing, layer_spec, router_options
 
 WIDE = 4
 """Bytes of fp32, in which routing, sums and losses are computed."""
@@ -67,17 +67,12 @@ def activations(load: Workload) -> Activations:
 
 def without_checkpointing(load: Workload) -> Activations:
     """What the same micro-batch keeps if nothing is computed again."""
-    return activations(_checkpointing(load, False))
+    return activations(replace(load, run=checkpointing(load.run, False)))
 
 
 def with_checkpointing(load: Workload) -> Activations:
     """What it keeps if attention, dense networks and experts are computed again."""
-    return activations(_checkpointing(load, True))
-
-
-def _checkpointing(load: Workload, enabled: bool) -> Workload:
-    training = replace(load.run.training, activation_checkpointing=enabled)
-    return replace(load, run=replace(load.run, training=training))
+    return activations(replace(load, run=checkpointing(load.run, True)))
 
 
 class _Sublayers:
@@ -181,22 +176,31 @@ class _Sublayers:
         return wide + tables + (INDEX + WIDE) * self.choices
 
     def _experts(self) -> float:
-        """Order, token, expert and key of each choice, its weight and its hidden units."""
-        moe, named = self.load.run.moe, (4 * INDEX + WIDE) * self.choices
-        if not self.load.grouped:
-            return named + (self.choices + self.load.row_padding) * moe.d_expert * self.b
-        # Rows that grouped products read, and that are summed, in fp32; what ReLU and what dropout leave.
-        hidden = moe.d_expert * (2 * self.b + (1 if self.model.dropout else 0))
-        rows = self.width * (self.b + WIDE) + hidden + self.load.local_experts * self.b
-        return named + self.choices * rows
+        """What all choices keep, and rows of padding."""
+        padding = self.load.row_padding * self.load.run.moe.d_expert * self.b
+        return self.choices * kept_per_choice(self.load) + padding
 
     def _owned(self) -> float:
-        """Of policies that are a network of their own: what each of their products reads, and dropout."""
+        """Of policies that are a network of their own: hidden units twice, and what is kept of them."""
         load = self.load
         cls = router_class(load.run.moe.router.name)
         products = cls.products(router_options(load.run), layer_spec(load.run), load.tokens) or []
-        read = sum(product.rows * product.columns for product in products if product.columns > self.width)
-        return read * (2 * self.b + (2 if self.model.dropout else 1))
+        hidden = max((product.rows * product.columns for product in products), default=0)
+        return hidden * (2 * self.b + (2 if self.model.dropout else 1))
+
+
+def kept_per_choice(load: Workload) -> float:
+    """Order, token, expert and key of a choice, its weight, its hidden units, and if grouped its rows.
+
+    These are the rows that grouped products read, and those that are summed, in fp32; hidden units are there
+    as ReLU and as dropout leave them.
+    """
+    moe, b = load.run.moe, load.itemsize
+    named = 4 * INDEX + WIDE
+    if not load.grouped:
+        return named + moe.d_expert * b
+    hidden = moe.d_expert * (2 * b + (1 if load.run.model.dropout else 0))
+    return named + load.run.model.d_model * (b + WIDE) + hidden + load.local_experts * b
 
 
 def loss_bytes(load: Workload) -> float:

@@ -1,7 +1,7 @@
 """Everything that is foreseen of a run under one layout on one cluster."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from megamoe.config.schema import RunConfig
@@ -111,9 +111,9 @@ def estimate(
     load = workload(run, layout, on_gpu=cluster.device.kind != "cpu", top_k=largest)
     counted, moved, time = _step(load, known, cluster, ds, efficiency)
     tokens = run.training.batch_size * run.model.segment_len
-    seconds = _run_seconds(load, known, cluster, ds, efficiency) if top_k is None else (
-        time.step * run.training.max_steps
-    )  # fmt: skip
+    seconds = time.step * run.training.max_steps
+    if top_k is None:
+        seconds = _run_seconds(load, known, cluster, ds, efficiency)
     return Estimate(
         run, layout, cluster, largest, _parameters(known, load), memory(load, known, ds),
         without_checkpointing(load), with_checkpointing(load), counted, moved, time,
@@ -171,10 +171,6 @@ UNEVEN = {
     "gshard": "choices beyond capacity and second ones left out at random are counted",
     "switch": "choices beyond capacity are counted",
     "stable": "its first stage is counted",
+    "pkm": "of what its memory keeps for the backward pass, indices and scores are not counted",
     "thor": "one expert gets all tokens of a pass: other ranks wait, which is not counted",
 }
-
-
-def checkpointing(run: RunConfig, enabled: bool) -> RunConfig:
-    """`run` with activation checkpointing on or off."""
-    return replace(run, training=replace(run.training, activation_checkpointing=enabled))

@@ -4,7 +4,7 @@ A token travels once to each rank that owns one of its experts: T C copies, C fr
 routing is even, as many arrive. In the worst case the R T tokens of all ranks that share these experts do.
 """
 
-from megamoe.plan.activations import INDEX, WIDE
+from megamoe.plan.activations import INDEX, WIDE, kept_per_choice
 from megamoe.plan.workload import Workload
 
 IN_TRANSIT = 3
@@ -18,14 +18,12 @@ def balanced_exchange(load: Workload) -> int:
 
 
 def worst_exchange(load: Workload) -> int:
-    """The same if all tokens choose experts of this rank, with what these experts keep of them more."""
+    """The same if all tokens choose experts of this rank, and what these keep of more choices."""
     everything = load.tokens * load.layout.ep_size
     chosen = everything * min(load.choices, load.local_experts)
     more = max(0.0, chosen - load.tokens * load.choices)
-    hidden = load.run.moe.d_expert * load.itemsize + 4 * INDEX + WIDE
-    return _exchange(load, arrived=everything) + (
-        int(more * hidden * _layers_kept(load)) if load.layout.ep_size > 1 else 0
-    )
+    found = _exchange(load, arrived=everything)
+    return found + int(more * kept_per_choice(load) * _layers_kept(load)) if found else 0
 
 
 def _exchange(load: Workload, arrived: float) -> int:

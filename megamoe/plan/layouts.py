@@ -10,11 +10,11 @@ from megamoe.errors import ConfigError
 from megamoe.moe.routers import router_class
 from megamoe.parallel.ds_config import Layout, layout_of, resolve_ds_config
 from megamoe.plan.devices import Cluster
-from megamoe.plan.estimate import Estimate, checkpointing, estimate
+from megamoe.plan.estimate import Estimate, estimate
 from megamoe.plan.inventory import Inventory, inventory
 from megamoe.plan.units import seconds, size
 from megamoe.plan.vocabulary import with_known_vocabulary
-from megamoe.plan.workload import largest_top_k
+from megamoe.plan.workload import checkpointing, largest_top_k
 
 N_BEST = 3
 STAGES = (1, 2)
@@ -125,8 +125,8 @@ def require_fit(made: Plan) -> None:
         return
     short = chosen.memory.total - chosen.usable
     raise ConfigError(
-        f"memory: a rank needs {size(chosen.memory.total)}, {size(short)} more than tensors may take of the"
-        f" {size(chosen.cluster.device.memory)} of a {chosen.cluster.device.name}; {made.remedy}"
+        f"memory: a rank needs {size(chosen.memory.total)}, {size(short)} more than tensors may take of"
+        f" {chosen.cluster.device.name}'s {size(chosen.cluster.device.memory)}; {made.remedy}"
     )
 
 
@@ -196,7 +196,9 @@ def _remedy(search: Search, chosen: Estimate, best: tuple[Estimate, ...]) -> str
         return f"{settings(best[0])} needs {size(best[0].memory.total)}"
     nodes = _enough_nodes(search, chosen.layout)
     if nodes:
-        return f"no layout of {search.cluster.nodes} nodes fits; --nodes {nodes} does"
+        return (
+            f"no layout of {search.cluster.nodes} nodes fits; --nodes {nodes} does, with as many streams each"
+        )
     return "no number of nodes helps; take a device with more memory, or a shorter model.segment_len"
 
 

@@ -6,7 +6,7 @@ expert-parallel ranks.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,6 +138,11 @@ def ranks_per_token(n_experts: int, choices: float, n_ranks: int) -> float:
         return 1.0
     elsewhere = math.comb(n_experts - n_experts // n_ranks, chosen)
     return n_ranks * (1 - elsewhere / math.comb(n_experts, chosen))
+
+
+def checkpointing(run: RunConfig, enabled: bool) -> RunConfig:
+    """`run` with activation checkpointing on or off."""
+    return replace(run, training=replace(run.training, activation_checkpointing=enabled))
 
 
 def layer_spec(run: RunConfig) -> LayerSpec:

@@ -20,7 +20,7 @@ def test_tables_and_reasons_are_printed(capsys: pytest.CaptureFixture[str], tmp_
         "all-to-all",
         "largest micro-batch",
         "1. moe.ep_size=",
-        "days",
+        "node-hours",
     ):
         assert words in shown
     assert image.read_bytes().startswith(b"\x89PNG")
@@ -55,6 +55,7 @@ def test_a_plan_that_does_not_fit_is_shown_and_refused(capsys: pytest.CaptureFix
         (["--nodes", "0"], "--nodes = 0: give a number above 0"),
         (["--efficiency", "2"], "--efficiency = 2.0: give a share"),
         (["--scaling", "1,x"], "--scaling = '1,x': give numbers of nodes"),
+        (["--plot", "nowhere/a.png"], "--plot = 'nowhere/a.png': there is no such folder"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(

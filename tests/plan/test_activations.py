@@ -8,7 +8,9 @@ import torch
 from benchmarks.side_by_side.space import saved_bytes
 from megamoe.config import RunConfig
 from megamoe.models.transformer_xl import TransformerXL
-from megamoe.plan.estimate import checkpointing, estimate
+from megamoe.moe.routers import available
+from megamoe.plan.estimate import estimate
+from megamoe.plan.workload import checkpointing
 from tests.plan.runs import ALONE, one_rank, small_run
 
 SIZES: list[dict[str, Any]] = [
@@ -26,6 +28,10 @@ SIZES: list[dict[str, Any]] = [
         "training": {"batch_size": 4},
     },
 ]  # fmt: skip
+
+
+UNCERTAIN = {"relu", "dts", "stratified", "pkm"}
+"""Policies that learn how many experts a token takes, and one whose note says what is not counted."""
 
 
 def kept(run: RunConfig, dtype: torch.dtype) -> int:
@@ -54,6 +60,17 @@ def test_what_is_kept_is_what_autograd_keeps(sections: dict[str, Any], dtype: to
     logits = run.training.batch_size * run.model.segment_len * run.model.vocab_size * 4
     found = estimate(run, one_rank(run, dtype), ALONE).unchecked
     assert found.kept + logits == pytest.approx(kept(run, dtype), rel=0.05)
+
+
+@pytest.mark.parametrize("policy", [name for name in available() if name not in UNCERTAIN])
+def test_every_policy_keeps_about_what_is_foreseen(policy: str) -> None:
+    options = {"gshard": {"capacity_factor": 0}, "switch": {"capacity_factor": 0}, "compete": {"rate": 0}}
+    run = small_run(moe={"layers": "all", "router": {"name": policy, **options.get(policy, {})}})
+    model = TransformerXL(run.model, run.moe, seed=1)
+    logits = run.training.batch_size * run.model.segment_len * run.model.vocab_size * 4
+    frozen = sum(4 * buffer.numel() for buffer in model.buffers())  # which autograd keeps too
+    found = estimate(run, one_rank(run), ALONE).unchecked.kept + logits
+    assert found + frozen == pytest.approx(kept(run, torch.float32), rel=0.1)
 
 
 def test_checkpointing_keeps_less_and_works_in_more() -> None:

@@ -12,8 +12,9 @@ from megamoe.models.transformer_xl import TransformerXL
 from megamoe.moe.auxiliary import auxiliary_loss
 from megamoe.moe.ranks import ONE_RANK
 from megamoe.moe.routers import available
-from megamoe.plan.estimate import checkpointing, estimate
+from megamoe.plan.estimate import estimate
 from megamoe.plan.vocabulary import cluster_shares, with_known_vocabulary
+from megamoe.plan.workload import checkpointing
 from megamoe.training.profile.flops import flop_counter
 from tests.plan.runs import ALONE, one_rank, small_run
 
