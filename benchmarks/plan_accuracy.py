@@ -81,6 +81,10 @@ def measure(sizes: Sizes, say: Callable[[str], None]) -> Iterator[Row]:
         yield from peak_rows(case, peak.peak_of(case), peak.saved(case))
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> int:
     """Measure, print, and write JSON and Markdown."""
     parser = argparse.ArgumentParser(
@@ -94,7 +98,11 @@ def main() -> int:
         "presets": len(sizes.presets), "policies": len(sizes.policies), "cases": len(sizes.cases),
         "ranks": max(case.ranks for case in sizes.cases), "steps": sizes.steps, "peak_steps": peak.STEPS,
     }  # fmt: skip
-    rows = list(measure(sizes, lambda line: print(line, file=sys.stderr, flush=True)))
+    rows = []
+    for row in measure(sizes, _say):
+        rows.append(row)
+        if row.verdict == MISSED:
+            _say(f"{MISSED}: {row}")
     text = report(result, rows)
     print(text)
     keep(result | {"rows": [row.to_dict() for row in rows]}, text, args.output)

@@ -147,23 +147,16 @@ def all_cases(worlds: tuple[int, ...] = (1, 2, 4)) -> Iterator[Case]:
                     yield Case(DEEP, ranks, ep_size, stage)
 
 
+def in_thirds(preset: str, streams: int, *overrides: str) -> Shape:
+    """A preset whose step is of three micro-batches of so many streams."""
+    sizes = f"training.batch_size={3 * streams}", f"training.micro_batch_size={streams}"
+    return Shape(f"{preset}, {streams} streams", (*sizes, *overrides), preset)
+
+
 PEAKS = (
-    Case(Shape("tiny_enwik8, 16 streams", ("training.batch_size=16",)), 1, 1, 1),
-    Case(
-        Shape("small_enwik8, 2 streams, k = 8", ("training.batch_size=2", "moe.top_k=8"), "small_enwik8"),
-        1, 1, 1,
-    ),
-    Case(
-        Shape("small_enwik8, 4 streams, k = 2", ("training.batch_size=4", "moe.top_k=2"), "small_enwik8"),
-        1, 1, 1, "bf16",
-    ),
-    Case(
-        Shape(
-            "medium_enwik8, 3 streams, computed again",
-            ("training.batch_size=3", "moe.top_k=8", "training.activation_checkpointing=true"),
-            "medium_enwik8",
-        ),
-        1, 1, 1,
-    ),
-)  # fmt: skip
+    Case(in_thirds("tiny_enwik8", 16), 1, 1, 1),
+    Case(in_thirds("small_enwik8", 2, "moe.top_k=8"), 1, 1, 1),
+    Case(in_thirds("small_enwik8", 4, "moe.top_k=2"), 1, 1, 1, "bf16"),
+    Case(in_thirds("medium_enwik8", 3, "training.activation_checkpointing=true"), 1, 1, 1),
+)
 """Runs whose peak memory is measured."""

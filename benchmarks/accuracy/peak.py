@@ -14,8 +14,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.accuracy.cases import DTYPES, Case
-from benchmarks.accuracy.live import NOWHERE, WARMUP_STEPS
-from benchmarks.accuracy.states import BACKWARD, UPDATE
+from benchmarks.accuracy.live import NOWHERE
+from benchmarks.accuracy.states import BACKWARD, FORWARD, UPDATE
 from benchmarks.side_by_side.ours import one_rank
 from benchmarks.side_by_side.space import saved_bytes
 from megamoe.models.transformer_xl import TransformerXL
@@ -24,13 +24,13 @@ from megamoe.training.session import load_checked_corpus, with_vocabulary
 from megamoe.training.trainer import Trainer
 from tests.ranks import run_ranks
 
-STEPS = 3
+WARMUP_STEPS, STEPS = 2, 3
 PATIENCE_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes above what the process held before the step.
+    """Bytes above what the process held before a micro-batch.
 
     Attributes:
         kept: when the backward pass begins.
@@ -42,31 +42,35 @@ class Peak:
 
 
 class PeakTrainer(Trainer):
-    """Takes a few steps in place of training to the end, and looks at the memory of the process."""
+    """Takes a few steps in place of training to the end, and looks at the memory of the process.
+
+    It looks at the second of three micro-batches: gradients are there before, and are reduced later.
+    """
 
     def _beat(self, phase: str) -> None:
         super()._beat(phase)
-        if phase == BACKWARD:
+        if phase in (FORWARD, UPDATE):
+            self.peaks.append(Peak(self.before_backward - self.floor, peak_bytes() - self.floor))
+            gc.collect()
+            self.floor = resident_bytes()
+            forget_peak()
+        elif phase == BACKWARD:
             self.before_backward = resident_bytes()
-        elif phase == UPDATE:
-            self.peak_of_passes = peak_bytes()
 
     def peak(self) -> Peak:
         """Medians over a few steps."""
-        for _ in range(WARMUP_STEPS):
+        self.floor = self.before_backward = 0
+        measured = []
+        for _ in range(WARMUP_STEPS + STEPS):
+            self.peaks: list[Peak] = []
             self._train_step()
-        steps = [self._measured_step() for _ in range(STEPS)]
+            _, _, second, _ = self.peaks  # the first is of what came before
+            measured.append(second)
+        counted = measured[WARMUP_STEPS:]
         return Peak(
-            round(statistics.median(step.kept for step in steps)),
-            round(statistics.median(step.peak for step in steps)),
+            round(statistics.median(peak.kept for peak in counted)),
+            round(statistics.median(peak.peak for peak in counted)),
         )
-
-    def _measured_step(self) -> Peak:
-        gc.collect()
-        floor = resident_bytes()
-        forget_peak()
-        self._train_step()
-        return Peak(self.before_backward - floor, self.peak_of_passes - floor)
 
 
 def peak_here(case: Case) -> Peak:
@@ -87,7 +91,7 @@ def peak_of(case: Case) -> Peak:
 def saved(case: Case) -> int:
     """Bytes that autograd keeps of one forward pass, counted tensor by tensor."""
     run, dtype = case.run(), DTYPES[case.dtype]
-    batch_size, sizes = run.training.batch_size, run.model
+    batch_size, sizes = case.layout().micro_batch_size, run.model
     model = TransformerXL(sizes, run.moe, seed=run.training.seed)
     for parameter in model.parameters():
         parameter.data = parameter.to(dtype)

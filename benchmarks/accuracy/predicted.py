@@ -98,9 +98,16 @@ def _sent(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[R
 
 
 def peak_rows(case: Case, peak: Peak, saved: int) -> Iterator[Row]:
-    """Activations of a run; `saved` are bytes that autograd keeps."""
-    name = f"{case.shape.name}, {case.dtype}"
-    yield Row(ACTIVATIONS, name, "most", peak.peak, plan_of(case).memory.activations)
+    """Activations of a run, with the memory that a micro-batch makes; `saved` is what autograd keeps."""
+    name, plan = _name_of_peak(case), plan_of(case)
+    made = plan.memory.xl_memory / (plan.layout.accumulation + 1)
+    yield Row(ACTIVATIONS, name, "most", peak.peak, plan.memory.activations + made)
     yield Row(ACTIVATIONS, name, "when the backward pass begins", peak.kept)
     if not case.run().training.activation_checkpointing:  # autograd is not told what that keeps
         yield Row(ACTIVATIONS, name, "kept by autograd", saved)
+
+
+def _name_of_peak(case: Case) -> str:
+    training = case.run().training
+    again = ", activations computed again" if training.activation_checkpointing else ""
+    return f"{case.shape.name}, {case.dtype}{again}"

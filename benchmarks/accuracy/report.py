@@ -41,8 +41,10 @@ Counted where torch hands its collectives to the network: an all-reduce over n r
 2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself.""",
     FLOPS: "By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward.",
     ACTIVATIONS: """\
-Most resident memory of forward and backward pass above what the process held before: in a process of its
-own, after warm-up, median of {peak_steps} steps; freed memory goes back to the kernel at once.""",
+Most resident memory of the forward and backward pass of the second of three micro-batches above what the
+process held before it, when gradients are there already: activations, and the memory that the micro-batch
+makes. In a process of its own, after warm-up, median of {peak_steps} steps; freed memory goes back to the
+kernel at once.""",
     PARAMETERS: "Built; all, frozen ones and those in experts are compared. Sums are over presets.",
 }
 
