@@ -19,10 +19,10 @@ class Needs:
     """Of one rank: bytes and operations.
 
     Attributes:
-        all_reduce: gradients per step, b (P - P_x + P_x / R), without experts where R = W. ZeRO 1 reduces
-            to owners and gathers what they have updated, the two halves of an all-reduce; ZeRO 2 does the
-            first half for each micro-batch, times (A + 1) / 2; ZeRO 3 gathers for each pass as well,
-            times 3 A / 2.
+        all_reduce: gradients per step, b (P - P_x + P_x / R), without experts where R = W. What else is
+            moved counts as a share of an all-reduce, see `megamoe.plan.traffic`: ZeRO 1 gathers what was
+            updated as well, times 3 / 2; ZeRO 2 reduces for each micro-batch, times A + 1 / 2; ZeRO 3
+            reduces to owners and gathers for each pass, times 3 A / 2.
         all_to_all: sent per step, in each mixture layer and micro-batch 4 b T C D: copies of tokens to the
             experts and sums back, forward and backward; 16 T K for the choices. Activation checkpointing
             repeats the forward pass. With dropout, 8 T C for keys in each forward pass. A token goes to C
@@ -69,9 +69,8 @@ def needs_of(run: RunConfig, layout: Layout, *, offloads: bool = False) -> Needs
 
 def _reductions(layout: Layout) -> float:
     """What reducing the gradients of a step moves, in all-reduces."""
-    if layout.zero_stage == 3:
-        return 1.5 * layout.accumulation
-    return (layout.accumulation + 1) / 2 if layout.zero_stage == 2 else 1
+    accumulation = layout.accumulation
+    return {0: 1, 1: 1.5, 2: accumulation + 0.5, 3: 1.5 * accumulation}[layout.zero_stage]
 
 
 def _shared(known: Inventory, layout: Layout) -> int:
