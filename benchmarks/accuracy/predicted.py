@@ -25,6 +25,9 @@ THIS_CPU = Accelerator(
 )  # fmt: skip
 """Its speed is of no account here."""
 
+UNEVEN = ("compete", "gshard", "switch")
+"""Policies of which a plan notes that steps differ: all experts compete in some, or choices are left out."""
+
 
 def plan_of(case: Case) -> Estimate:
     """What the plan says of a run on ranks of this machine."""
@@ -52,9 +55,10 @@ def account_rows(case: Case, accounts: Sequence[Account]) -> Iterator[Row]:
     yield from _held(case, accounts, plan)
     yield from _sent(case, accounts, plan)
     if case.dtype == "fp32":  # in 16 bits experts compute rows of padding on a CPU
-        measured, moe = mean(account.flops for account in accounts), case.run().moe
-        known = experts_per_token(moe, moe.top_k)[1]
-        yield Row(FLOPS, case.name, "FLOPs", measured, plan.flops.per_step if known else None)
+        measured = mean(account.flops for account in accounts)
+        moe = case.run().moe
+        promised = moe.router.name not in UNEVEN and experts_per_token(moe, moe.top_k)[1]
+        yield Row(FLOPS, case.name, "FLOPs", measured, plan.flops.per_step, promised=promised)
 
 
 def _held(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[Row]:

@@ -39,7 +39,9 @@ counts flat copies too. Optimizer states: moments and fp32 masters.""",
     SENT: """\
 Counted where torch hands its collectives to the network: an all-reduce over n ranks of s bytes sends
 2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself.""",
-    FLOPS: "By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward.",
+    FLOPS: """\
+By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward. Nothing is promised
+where a policy decides as it trains how much it computes, which the plan notes.""",
     ACTIVATIONS: """\
 Most resident memory of the forward and backward pass of the second of three micro-batches above what the
 process held before it, when gradients are there already: activations, and the memory that the micro-batch

@@ -41,6 +41,7 @@ class Row:
         quantity: what is counted.
         measured: the count.
         predicted: by the plan; None where it says nothing, which is recorded all the same.
+        promised: whether the plan is held to it.
     """
 
     claim: Claim
@@ -48,6 +49,7 @@ class Row:
     quantity: str
     measured: float
     predicted: float | None = None
+    promised: bool = True
 
     @property
     def ratio(self) -> float | None:
@@ -66,7 +68,7 @@ class Row:
     @property
     def verdict(self) -> str:
         """Whether the claim holds here."""
-        if self.predicted is None:
+        if self.predicted is None or not self.promised:
             return NOT_PROMISED
         return MET if self.deviation <= self.claim.bound else MISSED
 
@@ -108,7 +110,9 @@ def _cell(row: Row | None) -> str:
     if row.ratio is None or row.ratio == 1:
         return text
     off = f"{100 * (row.ratio - 1):+.1f} %"
-    return f"{text} (**{off}**)" if row.verdict == MISSED else f"{text} ({off})"
+    if row.verdict == MISSED:
+        return f"{text} (**{off}**)"
+    return f"{text} ({off})" if row.promised else f"{text} ({off}, not promised)"
 
 
 def _percent(share: float) -> str:

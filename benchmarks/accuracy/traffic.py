@@ -10,7 +10,7 @@ need least: rings, and messages from rank to rank.
     all_to_all                              what is not for the rank itself
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,7 +54,7 @@ class TrafficCounter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.phase, self.look = phase, look
-        self.sent: Counter[tuple[str, str]] = Counter()
+        self.sent: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
