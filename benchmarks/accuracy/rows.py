@@ -7,6 +7,9 @@ from typing import Any
 
 MET, MISSED, NOT_PROMISED = "met", "MISSED", ""
 
+SHOWN = 0.0005
+"""Deviations below it are not told in tables."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -33,7 +36,7 @@ CLAIMS = (PARAMETERS, FLOPS, HELD, SENT, ACTIVATIONS)
 
 @dataclass(frozen=True)
 class Row:
-    """One figure.
+    """One figure, of something that there is or that was predicted.
 
     Attributes:
         claim: what is promised of it.
@@ -107,12 +110,10 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     text = f"{row.measured:,.0f}"
-    if row.ratio is None or row.ratio == 1:
+    if row.ratio is None or row.deviation < SHOWN:
         return text
-    off = f"{100 * (row.ratio - 1):+.1f} %"
-    if row.verdict == MISSED:
-        return f"{text} (**{off}**)"
-    return f"{text} ({off})" if row.promised else f"{text} ({off}, not promised)"
+    mark = "**" if row.verdict == MISSED else "" if row.promised else "*"
+    return f"{text} ({mark}{100 * (row.ratio - 1):+.1f} %{mark})"
 
 
 def _percent(share: float) -> str:
