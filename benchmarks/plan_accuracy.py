@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before torch is imported
 import torch
 
 from benchmarks.accuracy import live, peak
-from benchmarks.accuracy.cases import EVEN, PEAKS, Case, all_cases
+from benchmarks.accuracy.cases import EVEN, PEAKS, Case, all_cases, in_thirds
 from benchmarks.accuracy.parameters import built
 from benchmarks.accuracy.predicted import account_rows, parameter_rows, peak_rows
 from benchmarks.accuracy.report import report
@@ -62,7 +62,7 @@ QUICK = replace(
     presets=("tiny_enwik8",),
     policies=("hyper", "pkm"),
     cases=(Case(EVEN, 2, 2, 1), Case(EVEN, 2, 1, 2)),
-    peaks=PEAKS[:1],
+    peaks=(Case(in_thirds("tiny_enwik8", 4), 1, 1, 1),),
 )
 
 

@@ -47,6 +47,8 @@ class PeakTrainer(Trainer):
     It looks at the second of three micro-batches: gradients are there before, and are reduced later.
     """
 
+    floor = before_backward = 0
+
     def _beat(self, phase: str) -> None:
         super()._beat(phase)
         if phase in (FORWARD, UPDATE):
@@ -59,7 +61,6 @@ class PeakTrainer(Trainer):
 
     def peak(self) -> Peak:
         """Medians over a few steps."""
-        self.floor = self.before_backward = 0
         measured = []
         for _ in range(WARMUP_STEPS + STEPS):
             self.peaks: list[Peak] = []

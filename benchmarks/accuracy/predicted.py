@@ -1,6 +1,6 @@
 """Measured figures beside those of the plan."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
 
 import torch
@@ -24,6 +24,9 @@ THIS_CPU = Accelerator(
     fast=1e9, slow=1e9, efficiency=1.0, abilities=Device("cpu", bf16=True, fp16=False),
 )  # fmt: skip
 """Its speed is of no account here."""
+
+UNEVEN = ("compete", "gshard", "switch")
+"""Policies of which a plan notes that steps differ: all experts compete in some, or choices are left out."""
 
 
 def plan_of(case: Case) -> Estimate:
@@ -49,52 +52,50 @@ def parameter_rows(built: Sequence[tuple[str, str, RunConfig, Counts]]) -> Itera
 def account_rows(case: Case, accounts: Sequence[Account]) -> Iterator[Row]:
     """What ranks hold, send and compute: of memory the rank with the most, of the rest their mean."""
     plan = plan_of(case)
-    yield from _held(case, accounts, plan)
-    yield from _sent(case, accounts, plan)
+    for row in (*_held(case, accounts, plan), *_sent(case, accounts, plan)):
+        if row.measured or row.predicted:
+            yield row
     if case.dtype == "fp32":  # in 16 bits experts compute rows of padding on a CPU
-        measured, moe = mean(account.flops for account in accounts), case.run().moe
-        known = experts_per_token(moe, moe.top_k)[1]
-        yield Row(FLOPS, case.name, "FLOPs", measured, plan.flops.per_step if known else None)
+        moe, measured = case.run().moe, mean(account.flops for account in accounts)
+        promised = moe.router.name not in UNEVEN and experts_per_token(moe, moe.top_k)[1]
+        yield Row(FLOPS, case.name, "FLOPs", measured, plan.flops.per_step, promised)
 
 
 def _held(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[Row]:
     memory, accumulation = plan.memory, plan.layout.accumulation
+
+    def row(
+        quantity: str, count: Callable[[Account], int], predicted: float | None = None, promised: bool = True
+    ) -> Row:
+        return Row(HELD, case.name, quantity, max(map(count, accounts)), predicted, promised)
+
+    yield row("weights", lambda account: account.states.weights, memory.weights)
+    yield row("gradients", lambda account: account.gradients, memory.gradients)
+    yield row("optimizer states", lambda account: account.states.optimizer, memory.optimizer)
+    yield row("frozen", lambda account: account.states.frozen, memory.frozen)
     # The plan counts one micro-batch's more, which is there while it is made.
     xl_memory = memory.xl_memory * accumulation / (accumulation + 1)
-    figures: Mapping[str, tuple[Iterator[int], float | None]] = {
-        "weights": ((account.states.weights for account in accounts), memory.weights),
-        "gradients": ((account.gradients for account in accounts), memory.gradients),
-        "optimizer states": ((account.states.optimizer for account in accounts), memory.optimizer),
-        "frozen": ((account.states.frozen for account in accounts), memory.frozen),
-        "memory of the model": ((account.memory for account in accounts), xl_memory),
-        "gradients and buckets": ((account.reducing for account in accounts), None),
-        "gradients while Adam works": ((account.updating for account in accounts), None),
-    }
-    for quantity, (measured, predicted) in figures.items():
-        yield Row(HELD, case.name, quantity, max(measured), predicted)
+    yield row("memory of the model", lambda account: account.memory, xl_memory)
+    together = memory.gradients + memory.buckets
+    yield row("gradients and buckets", lambda account: account.reducing, together, promised=False)
+    yield row("gradients while Adam works", lambda account: account.updating)
 
 
 def _sent(case: Case, accounts: Sequence[Account], plan: Estimate) -> Iterator[Row]:
-    def sent(phases: Sequence[str], collective: str) -> float:
-        return mean(
-            sum(account.sent.get((phase, collective), 0.0) for phase in phases) for account in accounts
-        )
-
     traffic = plan.traffic
-    figures: Mapping[str, tuple[float, float | None]] = {
-        "tokens to experts and back": (sent((FORWARD, BACKWARD), ALL_TO_ALL), traffic.all_to_all.total),
-        "gradients": (
-            sent((BACKWARD,), ALL_REDUCE),
-            traffic.all_reduce.total + traffic.reduce_scatter.total,
-        ),
-        "weights": (sent((UPDATE,), ALL_GATHER), traffic.all_gather.total),
-        "tokens, forward": (sent((FORWARD,), ALL_TO_ALL), None),
-        "tokens, backward": (sent((BACKWARD,), ALL_TO_ALL), None),
-        "statistics of routing": (sent((FORWARD,), ALL_REDUCE), None),
-        "norms and flags": (sent((UPDATE,), ALL_REDUCE), None),
-    }
-    for quantity, (measured, predicted) in figures.items():
-        yield Row(SENT, case.name, quantity, measured, predicted)
+
+    def row(quantity: str, phases: Sequence[str], collective: str, predicted: float | None = None) -> Row:
+        sent = mean(sum(account.sent.get((phase, collective), 0) for phase in phases) for account in accounts)
+        return Row(SENT, case.name, quantity, sent, predicted)
+
+    reduced = traffic.all_reduce.total + traffic.reduce_scatter.total
+    yield row("tokens to experts and back", (FORWARD, BACKWARD), ALL_TO_ALL, traffic.all_to_all.total)
+    yield row("gradients", (BACKWARD,), ALL_REDUCE, reduced)
+    yield row("weights", (UPDATE,), ALL_GATHER, traffic.all_gather.total)
+    yield row("tokens, forward", (FORWARD,), ALL_TO_ALL)
+    yield row("tokens, backward", (BACKWARD,), ALL_TO_ALL)
+    yield row("statistics of routing", (FORWARD,), ALL_REDUCE)
+    yield row("norms and flags", (UPDATE,), ALL_REDUCE)
 
 
 def peak_rows(case: Case, peak: Peak, saved: int) -> Iterator[Row]:

@@ -16,9 +16,10 @@ itself, counted over {steps} steps when the memory of Transformer-XL is full.
 |---|---|---|---|---|
 {verdicts}
 
-Tables tell what was measured, and in brackets how far the prediction is off; figures without brackets are
-predicted exactly, or nothing is predicted of them. Of memory the rank with the most counts, of the rest the
-mean of the ranks.
+Tables tell what was measured, and in brackets how far the prediction is off: bold where it misses its bound,
+in italics where nothing was promised. Figures without brackets are predicted to 0.05 %, or not at all: the
+last column of what ranks hold, and the last four of what they send. Of memory the rank with the most counts,
+of the rest the mean of the ranks. What is neither there nor predicted is left out.
 
 {tables}
 """
@@ -35,11 +36,14 @@ NOTES: Mapping[Claim, str] = {
     HELD: """\
 Counted in live engines, each storage once, padding included. Gradients: the most while autograd computes
 them and when the update begins; what waits in a bucket to be reduced is in the column with buckets, which
-counts flat copies too. Optimizer states: moments and fp32 masters.""",
+counts flat copies too, and of which the plan gives the sum of two peaks, which is from above. Optimizer
+states: moments and fp32 masters.""",
     SENT: """\
 Counted where torch hands its collectives to the network: an all-reduce over n ranks of s bytes sends
 2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself.""",
-    FLOPS: "By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward.",
+    FLOPS: """\
+By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward. Nothing is promised
+where a policy decides as it trains how much it computes, which the plan notes.""",
     ACTIVATIONS: """\
 Most resident memory of the forward and backward pass of the second of three micro-batches above what the
 process held before it, when gradients are there already: activations, and the memory that the micro-batch

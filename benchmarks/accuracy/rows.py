@@ -7,6 +7,9 @@ from typing import Any
 
 MET, MISSED, NOT_PROMISED = "met", "MISSED", ""
 
+SHOWN = 0.0005
+"""Deviations below it are not told in tables."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -33,7 +36,7 @@ CLAIMS = (PARAMETERS, FLOPS, HELD, SENT, ACTIVATIONS)
 
 @dataclass(frozen=True)
 class Row:
-    """One figure.
+    """One figure, of something that there is or that was predicted.
 
     Attributes:
         claim: what is promised of it.
@@ -41,6 +44,7 @@ class Row:
         quantity: what is counted.
         measured: the count.
         predicted: by the plan; None where it says nothing, which is recorded all the same.
+        promised: whether the plan is held to it.
     """
 
     claim: Claim
@@ -48,6 +52,7 @@ class Row:
     quantity: str
     measured: float
     predicted: float | None = None
+    promised: bool = True
 
     @property
     def ratio(self) -> float | None:
@@ -66,7 +71,7 @@ class Row:
     @property
     def verdict(self) -> str:
         """Whether the claim holds here."""
-        if self.predicted is None:
+        if self.predicted is None or not self.promised:
             return NOT_PROMISED
         return MET if self.deviation <= self.claim.bound else MISSED
 
@@ -105,10 +110,10 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     text = f"{row.measured:,.0f}"
-    if row.ratio is None or row.ratio == 1:
+    if row.ratio is None or row.deviation < SHOWN:
         return text
-    off = f"{100 * (row.ratio - 1):+.1f} %"
-    return f"{text} (**{off}**)" if row.verdict == MISSED else f"{text} ({off})"
+    mark = "**" if row.verdict == MISSED else "" if row.promised else "*"
+    return f"{text} ({mark}{100 * (row.ratio - 1):+.1f} %{mark})"
 
 
 def _percent(share: float) -> str:

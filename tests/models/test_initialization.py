@@ -49,3 +49,11 @@ def test_values_depend_on_the_seed_and_the_name_alone() -> None:
     other = small_model(seed=6).state_dict()
     changed = {name for name in first if not torch.equal(first[name], other[name])}
     assert {"embedding.weights.0", "attention_bias_u", "layers.1.moe.experts.w_in"} < changed
+
+
+def test_without_memory_a_model_has_the_same_tensors(wide_model: TransformerXL) -> None:
+    with torch.device("meta"):
+        counted = small_model(moe_layers="0", **WIDE).state_dict()
+    assert {name: (value.shape, value.dtype, value.device.type) for name, value in counted.items()} == {
+        name: (value.shape, value.dtype, "meta") for name, value in wide_model.state_dict().items()
+    }
