@@ -9,17 +9,18 @@ REPORT = """\
 # What a plan says, and what runs do
 
 {date}, `{command}`, {machine}.
-{policies} policies in {presets} presets; {cases} runs on up to {ranks} ranks over gloo, by the trainer
-itself, counted over {steps} steps when the memory of Transformer-XL is full.
+{policies} policies in {presets} presets; {cases} runs on up to {ranks} ranks over gloo, by the trainer itself, over
+{steps} steps when the memory of Transformer-XL is full.
 
 | what | bound | figures | largest deviation | |
 |---|---|---|---|---|
 {verdicts}
 
 Tables tell what was measured, and in brackets how far the prediction is off: bold where it misses its bound,
-in italics where nothing was promised. Figures without brackets are predicted to 0.05 %, or not at all: the
-last column of what ranks hold, and the last four of what they send. Of memory the rank with the most counts,
-of the rest the mean of the ranks. What is neither there nor predicted is left out.
+in italics where nothing was promised. Figures without brackets are predicted to 0.05 %. Nothing is predicted
+of gradients while Adam works, of the two parts of the exchange, of norms and statistics, and of memory before
+the peak. Of what is held the rank with the most counts, of the rest the mean of the ranks. What is neither
+there nor predicted is left out.
 
 {tables}
 """
@@ -40,7 +41,8 @@ counts flat copies too, and of which the plan gives the sum of two peaks, which 
 states: moments and fp32 masters.""",
     SENT: """\
 Counted where torch hands its collectives to the network: an all-reduce over n ranks of s bytes sends
-2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself.""",
+2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself. Plans take routing
+to be even: it is random in `even` and `deep`, and HyperRouter's at the start of training in `odd`.""",
     FLOPS: """\
 By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward. Nothing is promised
 where a policy decides as it trains how much it computes, which the plan notes.""",
