@@ -42,7 +42,7 @@ states: moments and fp32 masters.""",
     SENT: """\
 Counted where torch hands its collectives to the network: an all-reduce over n ranks of s bytes sends
 2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself. Plans take
-routing to be even: it is random in `even` and `deep`, and HyperRouter's at the start of training in `odd`.""",
+routing to be even: it is random in `even` and `deep`, and HyperRouter's at the start of a run in `odd`.""",
     FLOPS: """\
 By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward. Nothing is promised
 where a policy decides as it trains how much it computes, which the plan notes.""",
