@@ -9,8 +9,8 @@ REPORT = """\
 # What a plan says, and what runs do
 
 {date}, `{command}`, {machine}.
-{policies} policies in {presets} presets; {cases} runs on up to {ranks} ranks over gloo, by the trainer itself, over
-{steps} steps when the memory of Transformer-XL is full.
+{policies} policies in {presets} presets; {cases} runs on up to {ranks} ranks over gloo, by the trainer
+itself, over {steps} steps when the memory of Transformer-XL is full.
 
 | what | bound | figures | largest deviation | |
 |---|---|---|---|---|
@@ -41,8 +41,8 @@ counts flat copies too, and of which the plan gives the sum of two peaks, which 
 states: moments and fp32 masters.""",
     SENT: """\
 Counted where torch hands its collectives to the network: an all-reduce over n ranks of s bytes sends
-2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself. Plans take routing
-to be even: it is random in `even` and `deep`, and HyperRouter's at the start of training in `odd`.""",
+2 (n - 1) / n s, an all-gather (n - 1) / n s, an all-to-all what is not for the rank itself. Plans take
+routing to be even: it is random in `even` and `deep`, and HyperRouter's at the start of a run in `odd`.""",
     FLOPS: """\
 By `torch.utils.flop_counter`, with the products that it leaves out; forward and backward. Nothing is promised
 where a policy decides as it trains how much it computes, which the plan notes.""",
