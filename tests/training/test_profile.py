@@ -200,6 +200,11 @@ def times_of(function: Any) -> Times:
     return time_by_room(recorded.events(), 1, on_device=False)
 
 
+def beside(slow: str, times: Times) -> float:
+    """Seconds of all other rooms."""
+    return sum(sum(spent.values()) for name, spent in times.items() if name != slow)
+
+
 @pytest.mark.parametrize(
     ("function", "slow", "forward", "backward"),
     [
@@ -213,8 +218,9 @@ def test_backward_time_belongs_to_the_room_of_the_operation(function, slow, forw
     assert times[slow]["forward"] >= forward
     assert times[slow]["backward"] >= backward
     assert set(times) == {"attention", slow, "loss", "optimizer", "rest"}
-    others = sum(sum(spent.values()) for name, spent in times.items() if name != slow)
-    assert others < 0.02
+    # The least of some tries: what else runs on the machine adds to any time now and then.
+    tries = (times_of(function) for _ in range(5))
+    assert min(beside(slow, times) for times in tries) < 0.02
 
 
 def test_rooms_cost_nothing_while_nothing_is_recorded():
